@@ -1,0 +1,66 @@
+"""Packaging of st_moe; `constraints.txt` pins what is installed.
+
+The core trains from ready batches and from a cache without TensorFlow; the
+`data` extra adds seqio and TensorFlow for everything that reads raw text.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# The gin files live at the top of the repository and travel inside the
+# package, so that an installed st_moe finds them too.
+GIN_PACKAGES = [
+  f'st_moe.gin_configs{suffix}'
+  for suffix in ('', '.models', '.runs', '.ablations')
+]
+
+DATA = [
+  'importlib_resources',  # seqio imports it and does not declare it
+  'seqio',
+  'tensorboard',
+  'tensorflow',
+  'tensorflow-datasets',
+  'tensorflow-text',
+]
+
+setup(
+  name='st_moe',
+  version='0.1.0',
+  description='ST-MoE: stable and transferable sparse encoder-decoders in JAX',
+  long_description=(ROOT / 'README.md').read_text(encoding='utf-8')
+  if (ROOT / 'README.md').exists()
+  else '',
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11,<3.14',
+  packages=find_packages(include=['st_moe', 'st_moe.*']) + GIN_PACKAGES,
+  package_dir={'st_moe.gin_configs': 'gin_configs'},
+  package_data={name: ['*.gin'] for name in GIN_PACKAGES},
+  entry_points={'console_scripts': ['st_moe = st_moe.main:run']},
+  install_requires=[
+    'absl-py',
+    'array-record',
+    'flax>=0.12',
+    'gin-config>=0.5',
+    'grain',
+    'jax>=0.10',
+    'matplotlib',
+    'msgpack',
+    'numpy',
+    'optax',
+    'orbax-checkpoint>=0.12',
+    'rich',
+    'sentencepiece',
+    'tensorboardX',
+  ],
+  extras_require={
+    'data': DATA,
+    'tpu': ['jax[tpu]>=0.10'],
+    'cuda': ['jax[cuda13]>=0.10'],
+    'hf': ['safetensors', 'torch', 'transformers'],
+    'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'ruff'],
+  },
+)

@@ -1,0 +1,196 @@
+"""Evaluation on held-out text: losses, a baseline to beat, filled sentences.
+
+The paper's quality is the negative log perplexity, minus the cross entropy
+per target token in nats (higher is better). Two are reported: over every
+target token, as the paper does, and over text alone, without sentinels and
+end-of-sequence, which are easy.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from st_moe import losses, partitioning
+from st_moe.config import ModelConfig, RunConfig
+from st_moe.data.span_corruption import corrupt_sentence
+from st_moe.decoding import generate
+from st_moe.transformer import apply_model
+
+
+def text_weights(batch: dict[str, np.ndarray], vocabulary: Any) -> np.ndarray:
+  """Returns the loss weights with sentinels and end-of-sequence left out."""
+  targets = batch['decoder_target_tokens']
+  easy = vocabulary.is_sentinel(targets) | (targets == vocabulary.eos_id)
+  return batch['decoder_loss_weights'] * ~easy
+
+
+def _eval_step(
+  config: ModelConfig, params: Any, batch: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Returns sums over a batch: cross entropy and weights, all and text."""
+  output = apply_model(config, params, batch, train=False)
+  targets = batch['decoder_target_tokens']
+  everything = losses.cross_entropy(
+    output.logits, targets, batch['decoder_loss_weights']
+  )
+  text = losses.cross_entropy(output.logits, targets, batch['text_weights'])
+  return {
+    'loss': everything.loss,
+    'weight': everything.weight,
+    'correct': everything.correct,
+    'text_loss': text.loss,
+    'text_weight': text.weight,
+  }
+
+
+class Evaluator:
+  """Scores parameters on the same held-out batches every time."""
+
+  def __init__(self, config: RunConfig, data: Any, mesh: Mesh):
+    self._config = config
+    self._data = data
+    self._mesh = mesh
+    with partitioning.use_mesh(mesh):
+      self._step = jax.jit(functools.partial(_eval_step, config.model))
+
+  def batches(self):
+    """Yields the held-out batches of this process, `text_weights` added."""
+    for batch in self._data.eval_batches(
+      self._config.batch_size // jax.process_count(),
+      self._config.eval_batches,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    ):
+      yield batch | {'text_weights': text_weights(batch, self._data.vocabulary)}
+
+  def losses(self, params: Any) -> dict[str, float]:
+    """Returns held-out metrics, named as they are logged.
+
+    `eval/loss` is the cross entropy per target token in nats;
+    `eval/neg_log_perplexity_all_targets` is its negative, the paper's number;
+    `eval/neg_log_perplexity` is over text tokens alone.
+    """
+    sums: dict[str, float] = {}
+    with partitioning.use_mesh(self._mesh):
+      for batch in self.batches():
+        step = self._step(params, partitioning.shard_batch(batch, self._mesh))
+        for key, value in jax.device_get(step).items():
+          sums[key] = sums.get(key, 0.0) + float(value)
+    weight = max(sums['weight'], 1.0)
+    return {
+      'eval/loss': sums['loss'] / weight,
+      'eval/neg_log_perplexity_all_targets': -sums['loss'] / weight,
+      'eval/neg_log_perplexity': -sums['text_loss']
+      / max(sums['text_weight'], 1.0),
+      'eval/accuracy': sums['correct'] / weight,
+      'eval/text_tokens': sums['text_weight'],
+    }
+
+
+def unigram_counts(
+  data: Any, config: RunConfig, num_batches: int
+) -> tuple[np.ndarray, int]:
+  """Counts text tokens among the targets of the first training batches.
+
+  Returns:
+    Counts [vocab_size] and the number of all non-padding tokens read.
+  """
+  counts = np.zeros(config.model.vocab_size, np.int64)
+  tokens = 0
+  batches = data.train_batches(config.batch_size)
+  for _ in range(num_batches):
+    batch = next(batches)
+    targets = batch['decoder_target_tokens']
+    chosen = text_weights(batch, data.vocabulary) > 0
+    counts += np.bincount(targets[chosen], minlength=len(counts))
+    tokens += int(np.count_nonzero(batch['encoder_input_tokens']))
+    tokens += int(np.count_nonzero(targets))
+  return counts, tokens
+
+
+def unigram_neg_log_perplexity(
+  counts: np.ndarray, evaluator: Evaluator
+) -> float:
+  """Returns the score of the training unigram distribution on held-out text.
+
+  The distribution is over text tokens alone, with one count added to each id,
+  and is scored on the very tokens of `eval/neg_log_perplexity`.
+
+  Args:
+    counts: text tokens of the training targets [vocab_size].
+    evaluator: whose held-out batches are scored.
+  """
+  log_probs = np.log((counts + 1) / (counts + 1).sum())
+  total = weight = 0.0
+  for batch in evaluator.batches():
+    weights = batch['text_weights']
+    total += float(
+      (log_probs[batch['decoder_target_tokens']] * weights).sum()
+    )
+    weight += float(weights.sum())
+  return total / max(weight, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FilledSentence:
+  """A masked sentence, what was there, and what the model wrote."""
+
+  masked: str
+  answer: str
+  filled: str
+
+
+def fill_sentences(
+  config: RunConfig, params: Any, data: Any, num_sentences: int
+) -> list[FilledSentence]:
+  """Masks held-out sentences and lets the model fill them greedily.
+
+  Args:
+    config: the run; its seed chooses the spans.
+    params: parameters.
+    data: gives held-out sentences and the vocabulary.
+    num_sentences: how many.
+  """
+  vocabulary = data.vocabulary
+  texts = data.eval_texts(num_sentences)
+  if not texts:
+    return []
+  pairs = [
+    corrupt_sentence(
+      vocabulary.encode(text)[: config.data.inputs_length - 1],
+      np.random.default_rng([config.seed, index]),
+      vocabulary,
+    )
+    for index, text in enumerate(texts)
+  ]
+  inputs = np.zeros((len(pairs), config.data.inputs_length), np.int32)
+  for row, (corrupted, _) in zip(inputs, pairs, strict=True):
+    row[: len(corrupted)] = corrupted
+  outputs = generate(
+    config.model,
+    params,
+    jnp.asarray(inputs),
+    max_length=config.data.targets_length,
+    eos_id=vocabulary.eos_id,
+  )
+  return [
+    FilledSentence(
+      masked=vocabulary.decode(corrupted),
+      answer=vocabulary.decode(targets),
+      filled=vocabulary.decode(_until(row, vocabulary.eos_id)),
+    )
+    for (corrupted, targets), row in zip(
+      pairs, np.asarray(outputs), strict=True
+    )
+  ]
+
+
+def _until(ids: np.ndarray, eos_id: int) -> list[int]:
+  """Returns the ids before the first end-of-sequence."""
+  ids = ids.tolist()
+  return ids[: ids.index(eos_id)] if eos_id in ids else ids

@@ -1,0 +1,303 @@
+"""Where arrays live: the mesh, the logical axes, and the words layers use.
+
+Layers name logical axes; this file alone knows mesh axes. `shard` and `einsum`
+serve meshes with Auto axes (a constraint for the compiler) and with Explicit
+axes (a type that is checked while tracing). Without a mesh they do nothing.
+
+Layers say where data moves and nowhere else: contractions over a sharded axis
+(`einsum(..., out=)`), the all-to-alls around experts and regrouping (`shard`,
+`reshape`), and the gathering of sharded weights (`param`).
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from st_moe.config import MeshConfig
+from st_moe.errors import UserError
+
+MESH_AXES = ('data', 'expert', 'model')
+# Sequences are split over every axis that is not the model axis: expert
+# parallelism shares the data-parallel devices (paper, appendix H).
+BATCH_AXES = ('data', 'expert')
+
+# Logical axes of activations and, while they are used, of weights.
+COMPUTE_RULES: dict[str, str | tuple[str, ...] | None] = {
+  'batch': BATCH_AXES,
+  'group': BATCH_AXES,  # tokens before and after the experts
+  'expert_group': 'data',  # the same groups while at the experts
+  'expert': 'expert',
+  'capacity': None,
+  'length': None,
+  'embed': None,
+  'expert_embed': None,
+  'mlp': 'model',
+  'heads': 'model',
+  'kv': None,
+  'joined_kv': 'model',
+  'vocab': 'model',
+  'relpos_buckets': None,
+  'router_experts': None,
+  'layers': None,
+}
+
+
+def storage_rules(config: MeshConfig) -> dict[str, Any]:
+  """Returns the rules for stored parameters and optimizer state.
+
+  FSDP stores the `embed` axis of weights in parts over 'data'.
+  """
+  rules = dict(COMPUTE_RULES)
+  if config.fsdp_dense:
+    rules['embed'] = 'data'
+  if config.fsdp_experts:
+    rules['expert_embed'] = 'data'
+  return rules
+
+
+def spec(names: Sequence[str | None], rules: dict[str, Any] | None = None) -> P:
+  """Returns the PartitionSpec of logical axis `names`.
+
+  Raises:
+    KeyError: for a name that is no logical axis.
+  """
+  rules = COMPUTE_RULES if rules is None else rules
+  return P(*(None if name is None else rules[name] for name in names))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """Builds the (data, expert, model) mesh over `devices` (default: all).
+
+  Raises:
+    UserError: when the axes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = [config.data, config.expert, config.model]
+  known = math.prod(n for n in sizes if n != -1)
+  if -1 in sizes and len(devices) % known == 0:
+    sizes[sizes.index(-1)] = len(devices) // known
+  if math.prod(sizes) != len(devices):
+    raise UserError(
+      f'MeshConfig: data {config.data} x expert {config.expert} x model '
+      f'{config.model} does not make {len(devices)} devices; the axes must '
+      'multiply to the number of devices (-1: the rest)'
+    )
+  axis_type = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}[
+    config.axis_types
+  ]
+  return jax.make_mesh(
+    sizes, MESH_AXES, axis_types=(axis_type,) * 3, devices=devices
+  )
+
+
+def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
+  """Context in which `shard`, `einsum` and `param` act on `mesh`."""
+  return jax.set_mesh(mesh)
+
+
+def _current():
+  """Returns the mesh in use, or None."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else mesh
+
+
+def _is_explicit(mesh) -> bool:
+  return AxisType.Explicit in mesh.axis_types
+
+
+def _axis_size(mesh, axes: str | tuple[str, ...] | None) -> int:
+  axes = (axes,) if isinstance(axes, str) else axes or ()
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def batch_shards(mesh=None) -> int:
+  """Returns into how many parts the batch is split (1 without a mesh)."""
+  mesh = _current() if mesh is None else mesh
+  return 1 if mesh is None else _axis_size(mesh, BATCH_AXES)
+
+
+def check_divisible(
+  shape: Sequence[int], names: Sequence[str | None], rules=None, mesh=None
+) -> None:
+  """Raises UserError if a dimension cannot be split evenly over its axes."""
+  mesh = _current() if mesh is None else mesh
+  rules = COMPUTE_RULES if rules is None else rules
+  for size, name in zip(shape, names, strict=True):
+    parts = _axis_size(mesh, rules[name]) if name is not None else 1
+    if size % parts:
+      raise UserError(
+        f'the {name} dimension of {tuple(shape)} ({size}) is not divisible by '
+        f'the {parts} devices of mesh axes {rules[name]}'
+      )
+
+
+def shard(x: jax.Array, *names: str | None) -> jax.Array:
+  """Places `x` by its logical axes; here the data moves.
+
+  Raises:
+    UserError: when a dimension does not divide over its mesh axes.
+  """
+  mesh = _current()
+  if mesh is None:
+    return x
+  check_divisible(x.shape, names, mesh=mesh)
+  if _is_explicit(mesh):
+    return jax.sharding.reshard(x, spec(names))
+  return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def einsum(
+  equation: str,
+  *operands: jax.Array,
+  out: Sequence[str | None] | None = None,
+  preferred_element_type: Any = None,
+) -> jax.Array:
+  """`jnp.einsum` whose result is placed by logical axes `out`.
+
+  Needed wherever a contracted axis is sharded: the partial sums are added
+  across devices into that placement.
+  """
+  mesh = _current()
+  if mesh is not None and out is not None and _is_explicit(mesh):
+    return jnp.einsum(
+      equation,
+      *operands,
+      preferred_element_type=preferred_element_type,
+      out_sharding=spec(out),
+    )
+  y = jnp.einsum(
+    equation, *operands, preferred_element_type=preferred_element_type
+  )
+  return y if out is None else shard(y, *out)
+
+
+def reshape(
+  x: jax.Array, shape: Sequence[int], names: Sequence[str | None]
+) -> jax.Array:
+  """Row-major reshape whose result is placed by logical axes `names`."""
+  mesh = _current()
+  if mesh is not None and _is_explicit(mesh):
+    check_divisible(shape, names, mesh=mesh)
+    return jax.lax.reshape(x, tuple(shape), out_sharding=spec(names))
+  return shard(x.reshape(tuple(shape)), *names)
+
+
+def param(
+  module: nn.Module,
+  name: str,
+  init: Callable[..., jax.Array],
+  shape: Sequence[int],
+  axes: Sequence[str],
+  dtype: Any = jnp.float32,
+) -> jax.Array:
+  """Declares a float32 parameter; returns it cast and placed for computing.
+
+  Args:
+    module: the Linen module that owns it (inside `@nn.compact`).
+    name: as T5X spells it.
+    init: `init(key, shape, float32)`.
+    shape: without the layers axis that a scan adds.
+    axes: one logical axis per dimension.
+    dtype: of the returned value.
+
+  FSDP weights are gathered here, in `dtype`.
+  """
+  assert len(shape) == len(axes), (name, shape, axes)
+  value = module.param(
+    name,
+    nn.with_logical_partitioning(init, tuple(axes)),
+    tuple(shape),
+    jnp.float32,
+  )
+  return shard(value.astype(dtype), *axes)
+
+
+def logical_axes(boxed: Any) -> Any:
+  """Returns, for a tree of boxed parameters, its tree of axis-name tuples."""
+  return jax.tree.map(
+    lambda box: tuple(box.names),
+    boxed,
+    is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+  )
+
+
+def unbox(boxed: Any) -> Any:
+  """Returns the plain parameter tree."""
+  return jax.tree.map(
+    lambda box: box.value,
+    boxed,
+    is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
+  )
+
+
+def tree_shardings(
+  abstract: Any, axes: Any, mesh: Mesh, config: MeshConfig
+) -> Any:
+  """Returns a NamedSharding for every leaf.
+
+  Args:
+    abstract: tree of arrays or ShapeDtypeStructs.
+    axes: the same tree with a tuple of logical axis names per leaf; () for a
+      scalar or anything replicated.
+    mesh: the device mesh.
+    config: its configuration (FSDP switches).
+
+  Raises:
+    UserError: when a stored dimension does not divide over its mesh axes.
+  """
+  rules = storage_rules(config)
+
+  def one(leaf, names):
+    if names:
+      check_divisible(leaf.shape, names, rules, mesh)
+    return NamedSharding(mesh, spec(names, rules))
+
+  return jax.tree.map(one, abstract, axes)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Rows over the batch axes; every other dimension whole."""
+  return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def shard_batch(
+  batch: dict[str, np.ndarray], mesh: Mesh
+) -> dict[str, jax.Array]:
+  """Makes global arrays of this process's rows, split over the batch axes.
+
+  Args:
+    batch: numpy arrays [rows of this process, ...].
+    mesh: the device mesh.
+  """
+  sharding = batch_sharding(mesh)
+  return {
+    key: jax.make_array_from_process_local_data(sharding, value)
+    for key, value in batch.items()
+  }
+
+
+def split_microbatches(x: jax.Array, parts: int) -> jax.Array:
+  """Cuts [batch, ...] into [parts, batch / parts, ...] without moving rows.
+
+  Every device cuts its own rows, in order, so that a microbatch holds whole
+  routing groups whenever the whole batch does.
+  """
+  shards = batch_shards()
+  rest = x.shape[1:]
+  free = (None,) * len(rest)
+  rows = x.shape[0] // (shards * parts)
+  x = reshape(x, (shards, parts, rows, *rest), ('batch', None, None, *free))
+  x = jnp.moveaxis(x, 1, 0)  # [parts, shards, rows, ...]
+  return reshape(x, (parts, shards * rows, *rest), (None, 'batch', *free))

@@ -1,0 +1,491 @@
+"""Pretraining: one jitted step on the mesh, and the loop around it.
+
+Restore order: the latest good checkpoint of the work directory, else fresh
+parameters. Evaluation and saving happen after a step, at multiples of
+`eval_every` and `checkpoint_every`; the data position is saved with the state,
+so that a resumed run sees exactly the batches it would have seen.
+"""
+
+import dataclasses
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from st_moe import evaluate, metrics, partitioning
+from st_moe.checkpoint import Checkpointer
+from st_moe.config import RunConfig
+from st_moe.data.pipeline import open_data
+from st_moe.errors import RunStopped, UserError
+from st_moe.experts import choose_backend
+from st_moe.optimizer import learning_rate_schedule, make_optimizer
+from st_moe.report import write_report
+from st_moe.train_state import (
+  TrainState,
+  abstract_state,
+  create_state,
+  parameter_counts,
+  state_shardings,
+)
+from st_moe.train_step import init_key, make_train_step
+from st_moe.transformer import EncoderDecoder
+from st_moe.workdir import WorkDirectory, open_workdir, resume_command, write_json
+
+log = logging.getLogger(__name__)
+
+def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
+  """Refuses what cannot be divided or does not fit, before compiling.
+
+  Raises:
+    UserError: with both numbers.
+  """
+  model, shape = config.model, mesh.shape
+  if vocabulary_size > model.vocab_size:
+    raise UserError(
+      f'the vocabulary has {vocabulary_size} ids but ModelConfig.vocab_size '
+      f'is {model.vocab_size}; set it to {128 * math.ceil(vocabulary_size / 128)}'
+    )
+  parts = partitioning.batch_shards(mesh) * config.microbatches
+  if config.batch_size % parts:
+    raise UserError(
+      f'RunConfig.batch_size {config.batch_size} is not divisible by '
+      f'{partitioning.batch_shards(mesh)} data shards x {config.microbatches} '
+      f'microbatches = {parts}'
+    )
+  if config.batch_size % jax.process_count():
+    raise UserError(
+      f'RunConfig.batch_size {config.batch_size} is not divisible by '
+      f'{jax.process_count()} processes'
+    )
+  divisions = [
+    ('num_heads', model.num_heads, 'model'),
+    ('d_ff', model.d_ff, 'model'),
+    ('vocab_size', model.vocab_size, 'model'),
+  ]
+  if model.num_experts:
+    divisions.append(('num_experts', model.num_experts, 'expert'))
+    divisions.append(('expert_d_ff', model.expert_d_ff or model.d_ff, 'model'))
+  for name, size, axis in divisions:
+    if size % shape[axis]:
+      raise UserError(
+        f'ModelConfig.{name} {size} is not divisible by MeshConfig.{axis} '
+        f'{shape[axis]}'
+      )
+
+
+def log_choices(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+  """Logs and returns what the run decided by itself: mesh and dispatch."""
+  platform = mesh.devices.flat[0].platform
+  choices: dict[str, Any] = {
+    'mesh': dict(mesh.shape),
+    'device': mesh.devices.flat[0].device_kind,
+    'processes': jax.process_count(),
+  }
+  if config.model.num_experts:
+    router = config.model.encoder_router
+    backend = choose_backend(
+      config.model.dispatch,
+      platform=platform,
+      group_tokens=router.group_size or config.data.inputs_length,
+      d_ff=config.model.expert_d_ff or config.model.d_ff,
+    )
+    choices['dispatch'] = backend.name
+    log.info('dispatch: %s (%s)', backend.name, backend.reason)
+  log.info(
+    'mesh: %s on %s',
+    ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
+    choices['device'],
+  )
+  return choices
+
+
+class StopSignals:
+  """Turns the first SIGTERM or Ctrl-C into a request to save and stop."""
+
+  def __init__(self):
+    self.received: str | None = None
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def _handle(self, number, frame):
+    self.received = signal.Signals(number).name
+    self._restore()  # a second signal acts at once
+
+  def _restore(self):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def __exit__(self, *args):
+    self._restore()
+
+
+class StepLog:
+  """Turns the results of steps into log lines.
+
+  Results are read one step late, so that the device never waits for the host.
+  The scalars of the unfinished interval are saved with a checkpoint: a resumed
+  run writes the very lines that an unbroken one would have written.
+  """
+
+  def __init__(
+    self,
+    config: RunConfig,
+    writer: metrics.MetricsWriter,
+    progress: metrics.Progress,
+    rows: list[dict[str, float]],
+  ):
+    self.rows = rows  # scalars of the steps since the last log line
+    self._config = config
+    self._writer = writer
+    self._progress = progress
+    self._pending: list[tuple[int, Any]] = []
+    self._restart_clock()
+
+  def _restart_clock(self) -> None:
+    self._started: float | None = None
+    self._tokens = 0.0
+    self._waited = 0.0
+
+  def add(self, step: int, result: dict[str, Any], waited: float) -> None:
+    """Takes the result of a dispatched step; finishes those before it.
+
+    Args:
+      step: steps done, this one included.
+      result: of the training step; arrays still being computed.
+      waited: seconds the step waited for data.
+
+    Raises:
+      RunStopped: after too many non-finite steps in a row.
+    """
+    self._waited += waited
+    self._pending.append((step, result))
+    while len(self._pending) > 1:
+      self._finish(*self._pending.pop(0))
+    if step % self._config.log_every == 0:
+      self.flush()
+
+  def flush(self) -> None:
+    """Finishes every step that was added."""
+    while self._pending:
+      self._finish(*self._pending.pop(0))
+
+  def pause(self) -> None:
+    """Leaves what follows (evaluation, saving) out of the step time."""
+    self.flush()
+    self._restart_clock()
+
+  def _finish(self, step: int, result: dict[str, Any]) -> None:
+    result = jax.device_get(result)
+    router = result.pop('router')
+    row = {key: float(value) for key, value in result.items()}
+    self.rows.append(row)
+    now = time.monotonic()
+    if self._started is None:  # the first step pays for compiling
+      self._started, self._waited = now, 0.0
+    else:
+      self._tokens += row['tokens']
+    if row['nonfinite_steps']:
+      self._warn(step, row)
+    if step % self._config.log_every == 0:
+      self._write(step, router, now)
+
+  def _warn(self, step: int, row: dict[str, float]) -> None:
+    in_a_row = int(row['nonfinite_steps'])
+    limit = self._config.max_nonfinite_steps
+    log.warning(
+      'step %d: loss %s, gradient norm %s: step skipped, state unchanged '
+      '(%d in a row, the run stops at %d)',
+      step,
+      row['loss'],
+      row['gradient_norm'],
+      in_a_row,
+      limit,
+    )
+    if in_a_row >= limit:
+      raise RunStopped(
+        f'{in_a_row} steps in a row up to step {step} had a loss or gradients '
+        'that are not finite; lower OptimizerConfig.learning_rate or look at '
+        'metrics.jsonl, then start again to go on from the last checkpoint'
+      )
+
+  def _write(self, step: int, router: Any, now: float) -> None:
+    health = metrics.router_health(router, self._config.model)
+    self._writer.write(
+      step, interval_means(self.rows) | health.scalars, health.arrays
+    )
+    seconds = now - self._started
+    speed = {}
+    if self._tokens and seconds > 0:
+      speed = {
+        'tokens_per_second': self._tokens / seconds,
+        'data_wait_fraction': self._waited / seconds,
+      }
+      self._writer.write(step, speed)  # apart: differs from run to run
+    self._progress.update(step, interval_means(self.rows) | speed, health)
+    self.rows.clear()
+    self._started, self._tokens, self._waited = now, 0.0, 0.0
+
+
+# Counters and settings, of which a log line shows the latest value.
+_LATEST = ('learning_rate', 'nonfinite_steps', 'skipped_steps')
+
+
+def interval_means(rows: list[dict[str, float]]) -> dict[str, float]:
+  """Returns the mean of each scalar over its finite values."""
+  means = {}
+  for key in rows[-1]:
+    values = [row[key] for row in rows if math.isfinite(row[key])]
+    if key in _LATEST:
+      means[key] = rows[-1][key]
+    else:
+      means[key] = float(np.mean(values)) if values else math.nan
+  return means
+
+
+@dataclasses.dataclass
+class Trainer:
+  """The parts of a run, made by `start`, that the loop works with."""
+
+  config: RunConfig
+  workdir: WorkDirectory
+  data: Any
+  mesh: Mesh
+  state: TrainState
+  checkpointer: Checkpointer
+  writer: metrics.MetricsWriter
+  batches: Any
+  rows: list[dict[str, float]]
+  train_step: Callable
+  evaluator: evaluate.Evaluator
+
+  def save(self, step: int, scores: dict[str, float] | None = None) -> None:
+    """Saves state, data position and the unfinished log interval."""
+    self.writer.flush()
+    self.checkpointer.save(
+      step,
+      self.state,
+      data_state=self.batches.get_state(),
+      metadata={'interval': self.rows},
+      metrics=scores,
+    )
+
+
+def start(
+  config: RunConfig,
+  workdir: WorkDirectory,
+  *,
+  operative_config: str,
+  command: list[str],
+  allow_config_change: bool,
+) -> Trainer:
+  """Checks everything, restores or initializes, writes run.json."""
+  workdir.check_configuration(config, allow=allow_config_change)
+  mesh = partitioning.make_mesh(config.mesh)
+  data = open_data(
+    config.data, seed=config.seed, cache_root=workdir.path / 'data'
+  )
+  check_run(config, data.vocabulary.vocab_size, mesh)
+  workdir.check_data(data.fingerprint, allow=allow_config_change)
+
+  model = EncoderDecoder(config.model)
+  shapes = abstract_state(config, model)
+  shardings = state_shardings(shapes, mesh, config.mesh)
+  optimizer = make_optimizer(config.optimizer, shapes.axes, config.steps)
+  schedule = learning_rate_schedule(config.optimizer, config.steps)
+  choices = log_choices(config, mesh)
+  counts = parameter_counts(shapes)
+  workdir.record(
+    config,
+    operative_config=operative_config,
+    command=command,
+    details={'data': data.fingerprint, 'parameters': counts, **choices},
+  )
+  log.info(
+    'parameters: %s in all, %s in experts',
+    f'{counts["total"]:,}',
+    f'{counts["expert"]:,}',
+  )
+
+  batches = data.train_batches(
+    config.batch_size // jax.process_count(),
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  checkpointer = Checkpointer(
+    workdir.checkpoints,
+    keep_last=config.keep_last,
+    keep_best=config.keep_best,
+  )
+  writer = metrics.MetricsWriter(workdir.path, tensorboard=config.tensorboard)
+  rows: list[dict[str, float]] = []
+  # Restore order: 1. the work directory's latest good checkpoint, 2. scratch.
+  if checkpointer.latest_step() is not None:
+    restored = checkpointer.restore(None, shapes.with_shardings(shardings))
+    state = restored.state
+    batches.set_state(restored.data_state)
+    rows = list(restored.metadata['interval'])
+    writer.truncate_after(int(state.step))
+    log.info('resumed at step %d', int(state.step))
+  else:
+    writer.truncate_after(0)
+    state = create_state(
+      config, model, optimizer, init_key(config.seed), shardings
+    )
+  with partitioning.use_mesh(mesh):
+    train_step = jax.jit(
+      make_train_step(config, optimizer, schedule),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    )
+  return Trainer(
+    config=config,
+    workdir=workdir,
+    data=data,
+    mesh=mesh,
+    state=state,
+    checkpointer=checkpointer,
+    writer=writer,
+    batches=batches,
+    rows=rows,
+    train_step=train_step,
+    evaluator=evaluate.Evaluator(config, data, mesh),
+  )
+
+
+def run_steps(trainer: Trainer) -> str | None:
+  """Trains to the last step; returns the signal that stopped it, if one did.
+
+  Order at a step: train, log, evaluate, save. The data iterator moves only
+  after the save of the step before.
+  """
+  config = trainer.config
+  step = saved = int(trainer.state.step)
+  scores = None
+  with (
+    StopSignals() as signals,
+    partitioning.use_mesh(trainer.mesh),
+    metrics.Progress(config.steps, start=step) as progress,
+  ):
+    step_log = StepLog(config, trainer.writer, progress, trainer.rows)
+    while step < config.steps and not signals.received:
+      begin = time.monotonic()
+      batch = partitioning.shard_batch(next(trainer.batches), trainer.mesh)
+      waited = time.monotonic() - begin
+      trainer.state, result = trainer.train_step(trainer.state, batch)
+      step += 1
+      step_log.add(step, result, waited)
+      last = step == config.steps
+      if step % config.eval_every == 0 or last:
+        step_log.pause()
+        scores = trainer.evaluator.losses(trainer.state.params)
+        trainer.writer.write(step, scores)
+        progress.note(step, scores)
+      if step % config.checkpoint_every == 0 or last:
+        step_log.pause()
+        trainer.save(step, scores)
+        scores = None
+        saved = step
+    if signals.received and saved != step:
+      step_log.pause()
+      trainer.save(step)
+    trainer.checkpointer.wait()
+    return signals.received if step < config.steps else None
+
+
+def pretrain(
+  config: RunConfig,
+  workdir: Path,
+  *,
+  operative_config: str,
+  command: list[str],
+  allow_config_change: bool = False,
+) -> None:
+  """Trains a model in `workdir`, from scratch or from where it stopped.
+
+  Args:
+    config: the run.
+    workdir: its directory; created when absent.
+    operative_config: gin text that describes the same run by itself.
+    command: what the user typed, for run.json and the resume message.
+    allow_config_change: go on although configuration or data changed.
+
+  Raises:
+    UserError: before anything is compiled or overwritten.
+    RunStopped: when too many steps in a row are not finite.
+  """
+  directory = open_workdir(workdir)
+  try:
+    trainer = start(
+      config,
+      directory,
+      operative_config=operative_config,
+      command=command,
+      allow_config_change=allow_config_change,
+    )
+    stopped = run_steps(trainer)
+    if stopped:
+      step = int(trainer.state.step)
+      print(f'{stopped}: saved step {step}; resume with:')
+      print(f'  {resume_command(command)}', flush=True)
+    else:
+      finish(trainer)
+    trainer.writer.close()
+    trainer.checkpointer.close()
+  finally:
+    directory.close()
+
+
+def finish(trainer: Trainer) -> None:
+  """Writes summary.json and the report; prints what was learned."""
+  config, data = trainer.config, trainer.data
+  params = trainer.state.params
+  summary: dict[str, Any] = {'step': int(trainer.state.step)}
+  summary |= trainer.evaluator.losses(params)
+  begin = time.monotonic()
+  counts, tokens = evaluate.unigram_counts(
+    data, config, min(config.unigram_batches, config.steps)
+  )
+  summary['data_tokens_per_second'] = tokens / (time.monotonic() - begin)
+  summary['eval/unigram_neg_log_perplexity'] = (
+    evaluate.unigram_neg_log_perplexity(counts, trainer.evaluator)
+  )
+  speeds = metrics.read_column(trainer.workdir.path, 'tokens_per_second')
+  if speeds:
+    summary['tokens_per_second'] = float(np.median(speeds))
+  samples = evaluate.fill_sentences(config, params, data, config.num_samples)
+  summary['samples'] = [dataclasses.asdict(sample) for sample in samples]
+  write_json(trainer.workdir.path / 'summary.json', summary)
+  trainer.writer.flush()
+  print_summary(summary)
+  print(f'report: {write_report(trainer.workdir.path)}', flush=True)
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+  """Prints the end of a run: samples, speed, and the score to beat."""
+  for sample in summary['samples']:
+    print(f'  masked: {sample["masked"]}')
+    print(f'  answer: {sample["answer"]}')
+    print(f'  filled: {sample["filled"]}\n')
+  score = summary['eval/neg_log_perplexity']
+  unigram = summary['eval/unigram_neg_log_perplexity']
+  print('held-out negative log perplexity of text tokens, nats per token:')
+  print(f'  model   {score:.3f}')
+  print(f'  unigram {unigram:.3f}   (the model is {score - unigram:+.3f})')
+  feed = summary['data_tokens_per_second']
+  if 'tokens_per_second' in summary:
+    used = summary['tokens_per_second']
+    print(
+      f'training used {used:,.0f} tokens/s; the data path feeds '
+      f'{feed:,.0f} tokens/s ({feed / used:.1f}x)'
+    )

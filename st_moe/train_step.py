@@ -1,0 +1,183 @@
+"""The training step: gradients of the whole batch, one update, health.
+
+The step that `st_moe pretrain` runs and that `st_moe plan` compiles.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from st_moe import losses, partitioning
+from st_moe.config import ModelConfig, RunConfig
+from st_moe.train_state import TrainState
+from st_moe.transformer import EncoderDecoder
+
+# Streams folded into the seed, so that initialization and the steps (dropout,
+# routing) draw independent numbers.
+_INIT_STREAM, _STEP_STREAM = 0, 1
+
+MODEL_INPUTS = (
+  'encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens',
+  'encoder_segment_ids', 'decoder_segment_ids',
+  'encoder_positions', 'decoder_positions',
+)  # fmt: skip
+
+
+def init_key(seed: int) -> jax.Array:
+  """Returns the key from which a run's parameters are drawn."""
+  return jax.random.fold_in(jax.random.key(seed), _INIT_STREAM)
+
+
+def step_key(seed: int, step: jax.Array) -> jax.Array:
+  """Returns the key of one step's dropout and routing."""
+  key = jax.random.fold_in(jax.random.key(seed), _STEP_STREAM)
+  return jax.random.fold_in(key, step)
+
+
+def apply_model(
+  config: ModelConfig,
+  params: Any,
+  batch: dict[str, jax.Array],
+  *,
+  train: bool,
+  rngs: dict[str, jax.Array] | None = None,
+) -> Any:
+  """Runs the encoder-decoder on a batch with seqio's feature names."""
+  inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
+  return EncoderDecoder(config).apply(
+    {'params': params}, **inputs, train=train, rngs=rngs
+  )
+
+
+def batch_totals(
+  batch: dict[str, jax.Array], microbatches: int
+) -> losses.BatchTotals:
+  """Returns the denominators of the whole batch, before it is split."""
+
+  def count(tokens: jax.Array) -> jax.Array:
+    return jnp.sum(tokens > 0).astype(jnp.float32)
+
+  return losses.BatchTotals(
+    target_weight=jnp.sum(batch['decoder_loss_weights'].astype(jnp.float32)),
+    encoder_tokens=count(batch['encoder_input_tokens']),
+    decoder_tokens=count(batch['decoder_target_tokens']),
+    microbatches=microbatches,
+  )
+
+
+def loss_and_gradients(
+  config: RunConfig, params: Any, batch: dict[str, jax.Array], rng: jax.Array
+) -> tuple[Any, dict[str, Any]]:
+  """Returns gradients and metrics of the whole batch.
+
+  With `microbatches` > 1 the batch goes through in parts, and the sum over the
+  parts is the loss and the gradient of the whole batch: every mean is taken
+  with the whole batch's denominator.
+
+  Args:
+    config: the run.
+    params: parameters.
+    batch: seqio features [batch, length].
+    rng: key for dropout and routing of this step.
+
+  Returns:
+    Gradients (float32, like params) and a dict of metrics: 'loss' and its
+    terms as scalars, and 'router' with one RouterStats per stack.
+  """
+  totals = batch_totals(batch, config.microbatches)
+
+  def objective(params, part, index):
+    key = jax.random.fold_in(rng, index)
+    rngs = {
+      'dropout': jax.random.fold_in(key, 0),
+      'router': jax.random.fold_in(key, 1),
+    }
+    output = apply_model(config.model, params, part, train=True, rngs=rngs)
+    result = losses.objective(
+      output,
+      part['decoder_target_tokens'],
+      part['decoder_loss_weights'],
+      config.model,
+      totals,
+    )
+    router = {'encoder': output.encoder, 'decoder': output.decoder}
+    return result.loss, (result.metrics, router)
+
+  grad_fn = jax.grad(objective, has_aux=True)
+  if config.microbatches == 1:
+    gradients, (terms, router) = grad_fn(params, batch, 0)
+    return gradients, {**terms, 'router': router}
+
+  parts = {
+    key: partitioning.split_microbatches(value, config.microbatches)
+    for key, value in batch.items()
+  }
+
+  def add(total, xs):
+    index, part = xs
+    gradients, (terms, router) = grad_fn(params, part, index)
+    total = jax.tree.map(jnp.add, total, (gradients, terms))
+    return total, router
+
+  shapes = jax.eval_shape(
+    lambda p: grad_fn(params, p, 0), jax.tree.map(lambda x: x[0], parts)
+  )
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  zero_terms = jax.tree.map(
+    lambda s: jnp.zeros(s.shape, s.dtype), shapes[1][0]
+  )
+  (gradients, terms), router = jax.lax.scan(
+    add,
+    (zeros, zero_terms),
+    (jnp.arange(config.microbatches), parts),
+  )
+  return gradients, {**terms, 'router': losses.mean_over_microbatches(router)}
+
+
+def make_train_step(
+  config: RunConfig,
+  optimizer: optax.GradientTransformation,
+  schedule: Callable[[jax.Array], jax.Array],
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Any]]:
+  """Returns the training step `(state, batch) -> (state, metrics)`.
+
+  A step whose loss or gradient norm is not finite leaves parameters and
+  optimizer state as they were, and is counted.
+  """
+
+  def train_step(state: TrainState, batch: dict[str, jax.Array]):
+    rng = step_key(config.seed, state.step)
+    gradients, result = loss_and_gradients(config, state.params, batch, rng)
+    with jax.named_scope('optimizer'):
+      gradient_norm = optax.global_norm(gradients)
+      updates, opt_state = optimizer.update(
+        gradients, state.opt_state, state.params
+      )
+      params = optax.apply_updates(state.params, updates)
+    finite = jnp.isfinite(result['loss']) & jnp.isfinite(gradient_norm)
+
+    def keep_finite(new, old):
+      return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+    skipped = 1 - finite.astype(jnp.int32)
+    new_state = state.replace(
+      step=state.step + 1,
+      params=keep_finite(params, state.params),
+      opt_state=keep_finite(opt_state, state.opt_state),
+      nonfinite_steps=(state.nonfinite_steps + 1) * skipped,
+      skipped_steps=state.skipped_steps + skipped,
+    )
+    result |= {
+      'gradient_norm': gradient_norm,
+      'learning_rate': schedule(state.step),
+      'nonfinite_steps': new_state.nonfinite_steps,
+      'skipped_steps': new_state.skipped_steps,
+    }
+    return new_state, result
+
+  return train_step
+
+

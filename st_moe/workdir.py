@@ -1,0 +1,232 @@
+"""The work directory of a run: who owns it, what it was started with.
+
+It holds `config.gin` (re-running with it alone gives the same run), `run.json`
+(versions, git state, mesh, parameter counts, seed, command, data), the
+checkpoints, the metrics and the report. A directory belongs to one
+configuration and, while a process writes to it, to that process.
+"""
+
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from st_moe.config import RunConfig, to_dict
+from st_moe.errors import UserError
+
+_RECORDED_PACKAGES = (
+  'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'gin-config',
+  'seqio', 'tensorflow', 'tensorflow-text', 'sentencepiece', 'grain',
+)  # fmt: skip
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON so that a reader sees the old file or the whole new one."""
+  temporary = path.with_name(path.name + '.tmp')
+  temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+  os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+  """Reads JSON.
+
+  Raises:
+    UserError: when the file is not JSON.
+  """
+  try:
+    return json.loads(path.read_text())
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    raise UserError(
+      f'{path} is not valid JSON ({e}); restore it or use another --workdir'
+    ) from e
+
+
+def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
+  """Returns 'path: old -> new' for every leaf in which two trees differ."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    rows = []
+    for key in sorted(set(old) | set(new)):
+      name = f'{prefix}.{key}' if prefix else str(key)
+      rows += differences(old.get(key), new.get(key), name)
+    return rows
+  return [] if old == new else [f'{prefix}: {old!r} -> {new!r}']
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions of Python and of the packages a run depends on."""
+  found = {'python': platform.python_version()}
+  for name in _RECORDED_PACKAGES:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def git_state() -> dict[str, Any] | None:
+  """Returns commit and cleanliness of the source tree; None outside git."""
+
+  def git(*args: str) -> str:
+    return subprocess.run(
+      ('git', *args),
+      cwd=Path(__file__).parent,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.strip()
+
+  try:
+    return {
+      'commit': git('rev-parse', 'HEAD'),
+      'clean': not git('status', '--porcelain'),
+    }
+  except (OSError, subprocess.CalledProcessError):
+    return None
+
+
+@dataclasses.dataclass
+class WorkDirectory:
+  """An opened, locked work directory."""
+
+  path: Path
+  _lock: Any
+
+  @property
+  def checkpoints(self) -> Path:
+    return self.path / 'checkpoints'
+
+  @property
+  def run_file(self) -> Path:
+    return self.path / 'run.json'
+
+  def close(self) -> None:
+    self._lock.close()
+
+  def check_configuration(self, config: RunConfig, *, allow: bool) -> None:
+    """Refuses a directory that was started with another configuration.
+
+    Raises:
+      UserError: naming every setting that differs.
+    """
+    if not self.run_file.exists():
+      return
+    old = read_json(self.run_file).get('config')
+    new = json.loads(json.dumps(to_dict(config)))
+    changed = differences(old, new)
+    if changed and not allow:
+      raise UserError(
+        f'{self.path} holds a run of a different configuration '
+        f'({"; ".join(changed[:5])}{"; ..." if len(changed) > 5 else ""}); '
+        'use another --workdir, or --allow_config_change to go on with the '
+        'new one'
+      )
+
+  def check_data(self, fingerprint: dict[str, Any], *, allow: bool) -> None:
+    """Refuses data other than what the run began with.
+
+    A different vocabulary never fits the checkpoint's embedding.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    if not self.run_file.exists():
+      return
+    old = read_json(self.run_file).get('data', {})
+    new = json.loads(json.dumps(fingerprint))
+    if old.get('vocabulary') != new.get('vocabulary'):
+      raise UserError(
+        f'the vocabulary does not fit the checkpoints in {self.path}: they '
+        f'were trained with {_short(old.get("vocabulary"))}, this run has '
+        f'{_short(new.get("vocabulary"))}; give the original vocabulary or '
+        'use another --workdir'
+      )
+    changed = differences(old, new)
+    if changed and not allow:
+      raise UserError(
+        f'the data changed since the run in {self.path} began '
+        f'({_short("; ".join(changed), 300)}); use another --workdir, or '
+        '--allow_config_change to go on with the new data'
+      )
+
+  def record(
+    self,
+    config: RunConfig,
+    *,
+    operative_config: str,
+    command: list[str],
+    details: dict[str, Any],
+  ) -> None:
+    """Writes config.gin and run.json; a restart is added to `restarts`."""
+    restarts = []
+    if self.run_file.exists():
+      previous = read_json(self.run_file)
+      restarts = previous.get('restarts', []) + [
+        {key: previous.get(key) for key in ('command', 'versions', 'git')}
+      ]
+    (self.path / 'config.gin').write_text(operative_config)
+    write_json(
+      self.run_file,
+      {
+        'config': to_dict(config),
+        'command': command,
+        'versions': versions(),
+        'git': git_state(),
+        'seed': config.seed,
+        'restarts': restarts,
+        **details,
+      },
+    )
+
+
+def _short(value: Any, limit: int = 120) -> str:
+  text = value if isinstance(value, str) else json.dumps(value)
+  return text if len(text) <= limit else text[: limit - 3] + '...'
+
+
+def open_workdir(path: Path) -> WorkDirectory:
+  """Creates and locks a work directory.
+
+  The lock is the kernel's: it is free again when its process ends, however
+  that ends.
+
+  Raises:
+    UserError: when the path is no directory, cannot be written, or another
+      process works in it.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / '.lock').open('a+')
+  except (FileExistsError, NotADirectoryError):
+    raise UserError(
+      f'--workdir={path} is a file; give a directory'
+    ) from None
+  except OSError as e:
+    raise UserError(
+      f'--workdir={path} cannot be written ({e.strerror}); choose another'
+    ) from e
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    lock.seek(0)
+    owner = lock.read().strip() or 'another process'
+    lock.close()
+    raise UserError(
+      f'--workdir={path} is in use by {owner}; wait for it, stop it, or use '
+      'another directory'
+    ) from None
+  lock.truncate(0)
+  lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+  lock.flush()
+  return WorkDirectory(path, lock)
+
+
+def resume_command(command: list[str]) -> str:
+  """Returns what to type to go on with an interrupted run."""
+  return ' '.join(command or sys.argv)

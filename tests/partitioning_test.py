@@ -1,0 +1,172 @@
+"""Logical axes become placements, on Auto and on Explicit meshes alike."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from st_moe import partitioning
+from st_moe.config import MeshConfig
+from st_moe.errors import UserError
+
+AXIS_TYPES = ('auto', 'explicit')
+
+
+def mesh(axis_types='auto', **sizes):
+  sizes = sizes or {'data': 2, 'expert': 2, 'model': 2}
+  return partitioning.make_mesh(MeshConfig(axis_types=axis_types, **sizes))
+
+
+def test_minus_one_takes_the_rest_of_the_devices():
+  assert dict(mesh(data=-1, expert=4, model=1).shape) == {
+    'data': 2,
+    'expert': 4,
+    'model': 1,
+  }
+
+
+def test_axes_that_do_not_multiply_to_the_devices_are_refused():
+  with pytest.raises(UserError, match='data 3 x expert 1 x model 1 .* 8 dev'):
+    mesh(data=3, expert=1, model=1)
+  with pytest.raises(UserError, match='data -1 x expert 3 x model 1 .* 8 dev'):
+    mesh(data=-1, expert=3, model=1)
+
+
+@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+def test_shard_places_an_array_by_its_logical_axes(axis_types):
+  x = np.arange(8 * 4, dtype=np.float32).reshape(8, 4)
+  with partitioning.use_mesh(mesh(axis_types)):
+    y = jax.jit(lambda x: partitioning.shard(x, 'batch', 'mlp'))(x)
+  assert y.sharding.spec == P(('data', 'expert'), 'model')
+  np.testing.assert_array_equal(y, x)
+
+
+def test_shard_refuses_what_does_not_divide():
+  with (
+    partitioning.use_mesh(mesh()),
+    pytest.raises(UserError, match=r'batch dimension of \(6, 4\) \(6\) .* 4'),
+  ):
+    partitioning.shard(jnp.zeros((6, 4)), 'batch', None)
+
+
+def test_an_unknown_logical_axis_is_an_error():
+  with partitioning.use_mesh(mesh()), pytest.raises(KeyError, match='bach'):
+    partitioning.shard(jnp.zeros((8, 4)), 'bach', None)
+
+
+def test_without_a_mesh_nothing_is_placed():
+  x = jnp.ones((3, 5))
+  assert partitioning.shard(x, 'batch', 'mlp') is x
+  assert partitioning.batch_shards() == 1
+
+
+@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+def test_einsum_adds_partial_sums_over_a_sharded_axis(axis_types):
+  rng = np.random.default_rng(0)
+  x, w = rng.normal(size=(8, 6)), rng.normal(size=(6, 4))
+  m = mesh(axis_types)
+
+  def f(x, w):
+    x = partitioning.shard(x, 'batch', 'mlp')
+    w = partitioning.shard(w, 'mlp', 'embed')
+    return partitioning.einsum('bf,fd->bd', x, w, out=('batch', 'embed'))
+
+  with partitioning.use_mesh(m):
+    y = jax.jit(f)(x.astype(np.float32), w.astype(np.float32))
+  np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-5)
+  # PartitionSpecs are compared without trailing Nones.
+  assert tuple(y.sharding.spec)[:1] == (('data', 'expert'),)
+
+
+@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+def test_reshape_regroups_in_row_major_order(axis_types):
+  x = np.arange(8 * 6, dtype=np.float32).reshape(8, 6)
+  with partitioning.use_mesh(mesh(axis_types)):
+    y = jax.jit(
+      lambda x: partitioning.reshape(
+        partitioning.shard(x, 'batch', None), (4, 12), ('group', 'length')
+      )
+    )(x)
+  np.testing.assert_array_equal(y, x.reshape(4, 12))
+
+
+@pytest.mark.parametrize('axis_types', AXIS_TYPES)
+def test_every_device_cuts_its_own_rows_into_microbatches(axis_types):
+  rows = jnp.arange(16)  # 4 shards of 4 rows: [0..3], [4..7], ...
+  with partitioning.use_mesh(mesh(axis_types)):
+    parts = jax.jit(
+      lambda x: partitioning.split_microbatches(
+        partitioning.shard(x, 'batch'), 2
+      )
+    )(rows)
+  np.testing.assert_array_equal(
+    parts, [[0, 1, 4, 5, 8, 9, 12, 13], [2, 3, 6, 7, 10, 11, 14, 15]]
+  )
+
+
+def test_without_a_mesh_microbatches_are_consecutive_rows():
+  np.testing.assert_array_equal(
+    partitioning.split_microbatches(jnp.arange(6), 3), [[0, 1], [2, 3], [4, 5]]
+  )
+
+
+class _Layer(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    init = nn.initializers.normal(1.0)
+    w = partitioning.param(self, 'wi', init, (4, 6), ('embed', 'mlp'))
+    e = partitioning.param(
+      self, 'expert', init, (2, 4, 6), ('expert', 'expert_embed', 'mlp'),
+      dtype=jnp.bfloat16,
+    )  # fmt: skip
+    return x @ w, e
+
+
+def test_parameters_are_float32_labelled_and_stored_in_parts():
+  boxed = jax.eval_shape(_Layer().init, jax.random.key(0), jnp.ones((8, 4)))
+  axes = partitioning.logical_axes(boxed)['params']
+  assert axes == {
+    'wi': ('embed', 'mlp'),
+    'expert': ('expert', 'expert_embed', 'mlp'),
+  }
+  shapes = partitioning.unbox(boxed)['params']
+  assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {
+    jnp.dtype('float32')
+  }
+
+  def specs(**fsdp):
+    config = MeshConfig(data=2, expert=2, model=2, **fsdp)
+    shardings = partitioning.tree_shardings(
+      shapes, axes, partitioning.make_mesh(config), config
+    )
+    return {name: sharding.spec for name, sharding in shardings.items()}
+
+  assert specs() == {
+    'wi': P(None, 'model'),
+    'expert': P('expert', None, 'model'),
+  }
+  assert specs(fsdp_dense=True, fsdp_experts=True) == {
+    'wi': P('data', 'model'),
+    'expert': P('expert', 'data', 'model'),
+  }
+
+
+def test_a_parameter_that_does_not_divide_is_refused():
+  config = MeshConfig(data=1, expert=1, model=8)
+  shape = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+  with pytest.raises(UserError, match=r'mlp dimension of \(4, 6\) \(6\) .* 8'):
+    partitioning.tree_shardings(
+      {'w': shape},
+      {'w': ('embed', 'mlp')},
+      partitioning.make_mesh(config),
+      config,
+    )
+
+
+def test_a_batch_is_split_over_data_and_expert_axes():
+  m = mesh()
+  batch = partitioning.shard_batch({'x': np.arange(8)}, m)
+  assert batch['x'].sharding.spec == P(('data', 'expert'))
+  np.testing.assert_array_equal(batch['x'], np.arange(8))
