@@ -61,6 +61,6 @@ setup(
     'tpu': ['jax[tpu]>=0.10'],
     'cuda': ['jax[cuda13]>=0.10'],
     'hf': ['safetensors', 'torch', 'transformers'],
-    'test': ['pytest', 'pytest-timeout', 'pytest-xdist', 'ruff'],
+    'test': ['pytest', 'pytest-xdist', 'ruff'],
   },
 )

@@ -9,99 +9,12 @@ Letters used in comments: G groups, S tokens per group, E experts, C capacity
 """
 
 import dataclasses
-import types
-import typing
 from typing import Any, Literal
 
-from st_moe.errors import UserError, did_you_mean
+from st_moe.checks import Checked
 
 Activation = Literal['gelu', 'relu', 'silu', 'linear']
 ChoicePolicy = Literal['all', 'none', 'threshold', 'random']
-
-
-def _matches(value: Any, hint: Any) -> bool:
-  """Whether `value` is of type `hint`; an int passes as a float."""
-  origin = typing.get_origin(hint)
-  if origin in (typing.Union, types.UnionType):
-    return any(_matches(value, h) for h in typing.get_args(hint))
-  if origin is Literal:
-    # `1 == True` in Python: compare types too.
-    return any(
-      value == choice and type(value) is type(choice)
-      for choice in typing.get_args(hint)
-    )
-  if origin is tuple:
-    item = typing.get_args(hint)[0]
-    return isinstance(value, tuple) and all(_matches(v, item) for v in value)
-  if hint is float:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-  if hint is int:
-    return isinstance(value, int) and not isinstance(value, bool)
-  return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-  origin = typing.get_origin(hint)
-  if origin in (typing.Union, types.UnionType):
-    return ' or '.join(_describe(h) for h in typing.get_args(hint))
-  if origin is Literal:
-    return 'one of ' + ', '.join(repr(v) for v in typing.get_args(hint))
-  if origin is tuple:
-    return f'a tuple of {_describe(typing.get_args(hint)[0])}'
-  return 'None' if hint is type(None) else hint.__name__
-
-
-class Checked:
-  """Checks field types, then calls `check()` for ranges."""
-
-  def __post_init__(self):
-    hints = typing.get_type_hints(type(self))
-    for field in dataclasses.fields(self):
-      value, hint = getattr(self, field.name), hints[field.name]
-      if isinstance(value, list):  # gin and JSON write sequences as lists
-        value = tuple(value)
-        object.__setattr__(self, field.name, value)
-      if not _matches(value, hint):
-        text = str(value)
-        near = (
-          did_you_mean(text, map(str, typing.get_args(hint)))
-          if typing.get_origin(hint) is Literal
-          else ''
-        )
-        raise UserError(
-          f'{type(self).__name__}.{field.name} must be {_describe(hint)}, '
-          f'got {value!r}{near}'
-        )
-    self.check()
-
-  def check(self) -> None:
-    """Raises UserError when values cannot go together."""
-
-  def require(self, condition: bool, message: str) -> None:
-    if not condition:
-      raise UserError(f'{type(self).__name__}: {message}')
-
-  def require_positive(self, *names: str) -> None:
-    for name in names:
-      value = getattr(self, name)
-      if value is not None and value <= 0:
-        raise UserError(f'{type(self).__name__}.{name} must be > 0, got {value}')
-
-  def require_rate(self, *names: str) -> None:
-    for name in names:
-      value = getattr(self, name)
-      if not 0.0 <= value < 1.0:
-        raise UserError(
-          f'{type(self).__name__}.{name} must be in [0, 1), got {value}'
-        )
-
-  def require_nonnegative(self, *names: str) -> None:
-    for name in names:
-      value = getattr(self, name)
-      if value is not None and value < 0:
-        raise UserError(
-          f'{type(self).__name__}.{name} must be >= 0, got {value}'
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +64,7 @@ class RouterConfig(Checked):
 
   # 'first_choice': equations 7-9 over first choices of real tokens.
   # 'switch': the released Switch code, whose hard counts include padding.
-  # 'all_choices': T5X, every selected expert counts, so uniform routing gives K.
+  # 'all_choices': T5X, every selected expert counts (uniform routing gives K).
   balance_loss: Literal['first_choice', 'switch', 'all_choices'] = (
     'first_choice'
   )
@@ -177,15 +90,14 @@ class RouterConfig(Checked):
 
   def check(self) -> None:
     self.require_positive(
-      'num_choices', 'train_capacity_factor', 'eval_capacity_factor',
-      'group_size', 'fixed_capacity',
+      'num_choices train_capacity_factor eval_capacity_factor group_size '
+      'fixed_capacity'
     )
     self.require_nonnegative(
-      'min_expert_capacity', 'jitter', 'balance_loss_weight',
-      'second_choice_loss_weight', 'z_loss_weight', 'train_choice_threshold',
-      'eval_choice_threshold',
+      'min_expert_capacity balance_loss_weight '
+      'second_choice_loss_weight z_loss_weight train_choice_threshold '
+      'eval_choice_threshold'
     )
-    self.require(self.jitter < 1, f'jitter must be < 1, got {self.jitter}')
     self.require(
       (self.capacity_formula == 'fixed') == (self.fixed_capacity is not None),
       "fixed_capacity is given if and only if capacity_formula = 'fixed'",
@@ -194,8 +106,13 @@ class RouterConfig(Checked):
       self.second_choice_loss_weight == 0 or self.num_choices > 1,
       'second_choice_loss_weight needs num_choices >= 2',
     )
-    if self.expert_dropout_rate is not None:
-      self.require_rate('expert_dropout_rate')
+    self.require_rate('jitter expert_dropout_rate')
+    for mode in ('train', 'eval'):
+      self.require(
+        getattr(self, f'{mode}_choice_policy') != 'random'
+        or getattr(self, f'{mode}_choice_threshold') > 0,
+        f"{mode}_choice_policy 'random' needs {mode}_choice_threshold > 0",
+      )
 
 
 ROUTER_PRESETS: dict[str, RouterConfig] = {
@@ -282,16 +199,26 @@ class ModelConfig(Checked):
 
   def check(self) -> None:
     self.require_positive(
-      'vocab_size', 'd_model', 'd_ff', 'd_kv', 'num_heads',
-      'num_encoder_layers', 'num_decoder_layers', 'expert_d_ff',
-      'sparse_every', 'relative_attention_num_buckets',
-      'relative_attention_max_distance', 'layer_norm_epsilon', 'scan_unroll',
-      'init_scale',
+      'vocab_size d_model d_ff d_kv num_heads num_encoder_layers '
+      'num_decoder_layers expert_d_ff sparse_every '
+      'relative_attention_num_buckets relative_attention_max_distance '
+      'layer_norm_epsilon scan_unroll init_scale'
     )
     self.require_nonnegative(
-      'num_experts', 'output_z_loss_weight', 'attention_z_loss_weight'
+      'num_experts output_z_loss_weight attention_z_loss_weight'
     )
     self.require_rate('dropout_rate')
+    buckets = self.relative_attention_num_buckets
+    self.require(
+      buckets >= 4 and buckets % 2 == 0,
+      f'relative_attention_num_buckets must be even and >= 4, got {buckets}',
+    )
+    self.require(
+      self.relative_attention_max_distance > buckets // 2,
+      f'relative_attention_max_distance '
+      f'{self.relative_attention_max_distance} must exceed half of '
+      f'relative_attention_num_buckets {buckets}',
+    )
     for name in ('mlp_activations', 'expert_activations'):
       value = getattr(self, name)
       self.require(
@@ -321,26 +248,35 @@ class ModelConfig(Checked):
     )
 
   def _check_placement(self) -> None:
-    placement = self.sparse_placement
+    every, placement = self.sparse_every, self.sparse_placement
+    depths = (self.num_encoder_layers, self.num_decoder_layers)
     if isinstance(placement, int):
       self.require(
-        not isinstance(placement, bool) and 0 <= placement < self.sparse_every,
-        f'sparse_placement {placement} is no index below sparse_every '
-        f'{self.sparse_every}',
+        0 <= placement < every,
+        f'sparse_placement {placement} is no index below sparse_every {every}',
       )
-    elif placement not in ('t5x', 'hf'):
+      first = placement
+    elif placement in ('t5x', 'hf'):
+      first = every - 1 if placement == 't5x' else min(1, every - 1)
+    else:
       self.require(
         bool(placement) and set(placement) <= set('ds'),
         "sparse_placement must be 't5x', 'hf', an index, or a pattern of 'd' "
         f"(dense) and 's' (sparse); got {placement!r}",
       )
-      for stack in ('encoder', 'decoder'):
-        layers = getattr(self, f'num_{stack}_layers')
+      for depth in depths:
         self.require(
-          layers % len(placement) == 0,
-          f'pattern {placement!r} of {len(placement)} layers does not divide '
-          f'num_{stack}_layers {layers}',
+          depth % len(placement) == 0,
+          f'sparse_placement {placement!r} of {len(placement)} layers does not '
+          f'divide a stack of {depth}',
         )
+      first = placement.find('s')
+    self.require(
+      not self.num_experts or 0 <= first < max(depths),
+      f'num_experts is {self.num_experts}, but no FFN is sparse with '
+      f'sparse_placement {placement!r} and sparse_every {every} in stacks of '
+      f'{depths[0]} and {depths[1]}; num_experts = 0 makes a dense model',
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -379,15 +315,20 @@ class OptimizerConfig(Checked):
 
   def check(self) -> None:
     self.require_positive(
-      'learning_rate', 'decay_steps', 'max_grad_norm', 'clipping_threshold',
-      'decay_rate', 'epsilon1', 'epsilon', 'min_dim_size_to_factor',
+      'learning_rate decay_steps max_grad_norm clipping_threshold '
+      'decay_rate epsilon1 epsilon min_dim_size_to_factor'
     )
     self.require_nonnegative(
-      'end_learning_rate', 'warmup_steps', 'weight_decay', 'epsilon2'
+      'end_learning_rate warmup_steps weight_decay epsilon2'
     )
-    self.require_rate('beta2')
-    if self.beta1 is not None:
-      self.require_rate('beta1')
+    self.require_rate('beta1 beta2')
+    self.require(
+      self.schedule not in ('linear', 'cosine')
+      or self.decay_steps is None
+      or self.decay_steps > self.warmup_steps,
+      f'decay_steps {self.decay_steps} must exceed warmup_steps '
+      f'{self.warmup_steps}',
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -415,9 +356,7 @@ class DataConfig(Checked):
   auto_vocabulary_size: int = 4096
   extra_ids: int = 100  # sentinels
 
-  objective: Literal['span_corruption', 'prefix_lm', 'none'] = (
-    'span_corruption'
-  )
+  objective: Literal['span_corruption', 'prefix_lm', 'none'] = 'span_corruption'
   noise_density: float = 0.15
   mean_noise_span_length: float = 3.0
   inputs_length: int = 512
@@ -427,8 +366,8 @@ class DataConfig(Checked):
 
   def check(self) -> None:
     self.require_positive(
-      'inputs_length', 'targets_length', 'mean_noise_span_length',
-      'max_line_bytes', 'auto_vocabulary_size',
+      'inputs_length targets_length mean_noise_span_length max_line_bytes '
+      'auto_vocabulary_size'
     )
     self.require_nonnegative('extra_ids')
     self.require(
@@ -492,11 +431,10 @@ class RunConfig(Checked):
 
   def check(self) -> None:
     self.require_positive(
-      'steps', 'batch_size', 'microbatches', 'log_every', 'eval_every',
-      'eval_batches', 'checkpoint_every', 'keep_last', 'max_nonfinite_steps',
-      'unigram_batches',
+      'steps batch_size microbatches log_every eval_every eval_batches '
+      'checkpoint_every keep_last max_nonfinite_steps unigram_batches'
     )
-    self.require_nonnegative('seed', 'keep_best', 'num_samples')
+    self.require_nonnegative('seed keep_best num_samples')
     self.require(
       self.batch_size % self.microbatches == 0,
       f'batch_size {self.batch_size} is not divisible by microbatches '

@@ -18,6 +18,10 @@ class RunStopped(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-  """Returns '; did you mean X?' for the nearest known name, else ''."""
-  near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-  return f'; did you mean {near[0]}?' if near else ''
+  """Returns '; did you mean X?' for the nearest known name, else ''.
+
+  Capitals do not count: `steps` is near `STEPS`.
+  """
+  names = {k.lower(): k for k in known}
+  near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.6)
+  return f'; did you mean {names[near[0]]}?' if near else ''

@@ -17,7 +17,11 @@ from jax.sharding import Mesh
 
 from st_moe import losses, partitioning
 from st_moe.config import ModelConfig, RunConfig
-from st_moe.data.span_corruption import corrupt_sentence
+from st_moe.data.span_corruption import (
+  MIN_SENTENCE_TOKENS,
+  corrupt_sentence,
+  model_features,
+)
 from st_moe.decoding import generate
 from st_moe.transformer import apply_model
 
@@ -61,7 +65,7 @@ class Evaluator:
   def batches(self):
     """Yields the held-out batches of this process, `text_weights` added."""
     for batch in self._data.eval_batches(
-      self._config.batch_size // jax.process_count(),
+      self._config.batch_size,
       self._config.eval_batches,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
@@ -129,9 +133,7 @@ def unigram_neg_log_perplexity(
   total = weight = 0.0
   for batch in evaluator.batches():
     weights = batch['text_weights']
-    total += float(
-      (log_probs[batch['decoder_target_tokens']] * weights).sum()
-    )
+    total += float((log_probs[batch['decoder_target_tokens']] * weights).sum())
     weight += float(weights.sum())
   return total / max(weight, 1.0)
 
@@ -156,36 +158,44 @@ def fill_sentences(
     data: gives held-out sentences and the vocabulary.
     num_sentences: how many.
   """
-  vocabulary = data.vocabulary
-  texts = data.eval_texts(num_sentences)
-  if not texts:
-    return []
-  pairs = [
-    corrupt_sentence(
-      vocabulary.encode(text)[: config.data.inputs_length - 1],
+  vocabulary, lengths = data.vocabulary, config.data
+  rows, answers = [], []
+  for index, text in enumerate(data.eval_texts(num_sentences)):
+    tokens = vocabulary.encode(text)[: lengths.inputs_length - 1]
+    if len(tokens) < MIN_SENTENCE_TOKENS:
+      continue
+    example = corrupt_sentence(
+      np.asarray(tokens),
       np.random.default_rng([config.seed, index]),
-      vocabulary,
+      vocab_size=vocabulary.vocab_size,
     )
-    for index, text in enumerate(texts)
-  ]
-  inputs = np.zeros((len(pairs), config.data.inputs_length), np.int32)
-  for row, (corrupted, _) in zip(inputs, pairs, strict=True):
-    row[: len(corrupted)] = corrupted
+    answers.append(vocabulary.decode(example.targets))
+    rows.append(
+      model_features(
+        example,
+        inputs_length=lengths.inputs_length,
+        targets_length=lengths.inputs_length,
+        eos_id=vocabulary.eos_id,
+      )['encoder_input_tokens']
+    )
+  if not rows:
+    return []
+  inputs = np.stack(rows)
   outputs = generate(
     config.model,
     params,
     jnp.asarray(inputs),
-    max_length=config.data.targets_length,
+    max_length=lengths.targets_length,
     eos_id=vocabulary.eos_id,
   )
   return [
     FilledSentence(
-      masked=vocabulary.decode(corrupted),
-      answer=vocabulary.decode(targets),
-      filled=vocabulary.decode(_until(row, vocabulary.eos_id)),
+      masked=vocabulary.decode(_until(row, vocabulary.eos_id)),
+      answer=answer,
+      filled=vocabulary.decode(_until(output, vocabulary.eos_id)),
     )
-    for (corrupted, targets), row in zip(
-      pairs, np.asarray(outputs), strict=True
+    for row, answer, output in zip(
+      inputs, answers, np.asarray(outputs), strict=True
     )
   ]
 

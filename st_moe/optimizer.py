@@ -40,7 +40,7 @@ def learning_rate_schedule(
   rate, warmup = config.learning_rate, config.warmup_steps
   if config.schedule == 'rsqrt':
     return lambda step: (
-      rate * jax.lax.rsqrt(jnp.float32(jnp.maximum(step, max(warmup, 1))))
+      rate / jnp.sqrt(jnp.maximum(jnp.float32(step), max(warmup, 1)))
     )
   if config.schedule == 'constant':
     return lambda step: jnp.float32(rate)

@@ -190,6 +190,40 @@ def reshape(
   return shard(x.reshape(tuple(shape)), *names)
 
 
+def uniform(
+  key: jax.Array,
+  shape: Sequence[int],
+  names: Sequence[str | None],
+  low: float = 0.0,
+  high: float = 1.0,
+) -> jax.Array:
+  """Uniform float32 draws in [low, high), placed by logical axes `names`.
+
+  Each device draws its own part; the numbers do not depend on the mesh.
+  """
+  mesh = _current()
+  if mesh is not None and _is_explicit(mesh):
+    check_divisible(shape, names, mesh=mesh)
+    return jax.random.uniform(
+      key, shape, minval=low, maxval=high, out_sharding=spec(names)
+    )
+  return shard(jax.random.uniform(key, shape, minval=low, maxval=high), *names)
+
+
+def take_rows(
+  table: jax.Array, ids: jax.Array, names: Sequence[str | None]
+) -> jax.Array:
+  """Returns `table[ids]` placed by logical axes `names`.
+
+  The rows of the table may be sharded (a vocabulary): each device looks up its
+  own, and the results are added up.
+  """
+  mesh = _current()
+  if mesh is not None and _is_explicit(mesh):
+    return table.at[ids].get(out_sharding=spec(names))
+  return shard(table[ids], *names)
+
+
 def param(
   module: nn.Module,
   name: str,

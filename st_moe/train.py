@@ -23,10 +23,11 @@ from st_moe import evaluate, metrics, partitioning
 from st_moe.checkpoint import Checkpointer
 from st_moe.config import RunConfig
 from st_moe.data.pipeline import open_data
-from st_moe.errors import RunStopped, UserError
+from st_moe.errors import UserError
 from st_moe.experts import choose_backend
 from st_moe.optimizer import learning_rate_schedule, make_optimizer
 from st_moe.report import write_report
+from st_moe.step_log import StepLog
 from st_moe.train_state import (
   TrainState,
   abstract_state,
@@ -36,9 +37,20 @@ from st_moe.train_state import (
 )
 from st_moe.train_step import init_key, make_train_step
 from st_moe.transformer import EncoderDecoder
-from st_moe.workdir import WorkDirectory, open_workdir, resume_command, write_json
+from st_moe.workdir import (
+  WorkDirectory,
+  open_workdir,
+  resume_command,
+  write_json,
+)
 
 log = logging.getLogger(__name__)
+
+
+# Embedding tables have a multiple of this many rows: the hardware's tile, and
+# divisible by every usual model axis.
+_ROWS = 128
+
 
 def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
   """Refuses what cannot be divided or does not fit, before compiling.
@@ -48,9 +60,10 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
   """
   model, shape = config.model, mesh.shape
   if vocabulary_size > model.vocab_size:
+    rows = _ROWS * math.ceil(vocabulary_size / _ROWS)
     raise UserError(
       f'the vocabulary has {vocabulary_size} ids but ModelConfig.vocab_size '
-      f'is {model.vocab_size}; set it to {128 * math.ceil(vocabulary_size / 128)}'
+      f'is {model.vocab_size}; set it to {rows}'
     )
   parts = partitioning.batch_shards(mesh) * config.microbatches
   if config.batch_size % parts:
@@ -130,129 +143,6 @@ class StopSignals:
     self._restore()
 
 
-class StepLog:
-  """Turns the results of steps into log lines.
-
-  Results are read one step late, so that the device never waits for the host.
-  The scalars of the unfinished interval are saved with a checkpoint: a resumed
-  run writes the very lines that an unbroken one would have written.
-  """
-
-  def __init__(
-    self,
-    config: RunConfig,
-    writer: metrics.MetricsWriter,
-    progress: metrics.Progress,
-    rows: list[dict[str, float]],
-  ):
-    self.rows = rows  # scalars of the steps since the last log line
-    self._config = config
-    self._writer = writer
-    self._progress = progress
-    self._pending: list[tuple[int, Any]] = []
-    self._restart_clock()
-
-  def _restart_clock(self) -> None:
-    self._started: float | None = None
-    self._tokens = 0.0
-    self._waited = 0.0
-
-  def add(self, step: int, result: dict[str, Any], waited: float) -> None:
-    """Takes the result of a dispatched step; finishes those before it.
-
-    Args:
-      step: steps done, this one included.
-      result: of the training step; arrays still being computed.
-      waited: seconds the step waited for data.
-
-    Raises:
-      RunStopped: after too many non-finite steps in a row.
-    """
-    self._waited += waited
-    self._pending.append((step, result))
-    while len(self._pending) > 1:
-      self._finish(*self._pending.pop(0))
-    if step % self._config.log_every == 0:
-      self.flush()
-
-  def flush(self) -> None:
-    """Finishes every step that was added."""
-    while self._pending:
-      self._finish(*self._pending.pop(0))
-
-  def pause(self) -> None:
-    """Leaves what follows (evaluation, saving) out of the step time."""
-    self.flush()
-    self._restart_clock()
-
-  def _finish(self, step: int, result: dict[str, Any]) -> None:
-    result = jax.device_get(result)
-    router = result.pop('router')
-    row = {key: float(value) for key, value in result.items()}
-    self.rows.append(row)
-    now = time.monotonic()
-    if self._started is None:  # the first step pays for compiling
-      self._started, self._waited = now, 0.0
-    else:
-      self._tokens += row['tokens']
-    if row['nonfinite_steps']:
-      self._warn(step, row)
-    if step % self._config.log_every == 0:
-      self._write(step, router, now)
-
-  def _warn(self, step: int, row: dict[str, float]) -> None:
-    in_a_row = int(row['nonfinite_steps'])
-    limit = self._config.max_nonfinite_steps
-    log.warning(
-      'step %d: loss %s, gradient norm %s: step skipped, state unchanged '
-      '(%d in a row, the run stops at %d)',
-      step,
-      row['loss'],
-      row['gradient_norm'],
-      in_a_row,
-      limit,
-    )
-    if in_a_row >= limit:
-      raise RunStopped(
-        f'{in_a_row} steps in a row up to step {step} had a loss or gradients '
-        'that are not finite; lower OptimizerConfig.learning_rate or look at '
-        'metrics.jsonl, then start again to go on from the last checkpoint'
-      )
-
-  def _write(self, step: int, router: Any, now: float) -> None:
-    health = metrics.router_health(router, self._config.model)
-    self._writer.write(
-      step, interval_means(self.rows) | health.scalars, health.arrays
-    )
-    seconds = now - self._started
-    speed = {}
-    if self._tokens and seconds > 0:
-      speed = {
-        'tokens_per_second': self._tokens / seconds,
-        'data_wait_fraction': self._waited / seconds,
-      }
-      self._writer.write(step, speed)  # apart: differs from run to run
-    self._progress.update(step, interval_means(self.rows) | speed, health)
-    self.rows.clear()
-    self._started, self._tokens, self._waited = now, 0.0, 0.0
-
-
-# Counters and settings, of which a log line shows the latest value.
-_LATEST = ('learning_rate', 'nonfinite_steps', 'skipped_steps')
-
-
-def interval_means(rows: list[dict[str, float]]) -> dict[str, float]:
-  """Returns the mean of each scalar over its finite values."""
-  means = {}
-  for key in rows[-1]:
-    values = [row[key] for row in rows if math.isfinite(row[key])]
-    if key in _LATEST:
-      means[key] = rows[-1][key]
-    else:
-      means[key] = float(np.mean(values)) if values else math.nan
-  return means
-
-
 @dataclasses.dataclass
 class Trainer:
   """The parts of a run, made by `start`, that the loop works with."""
@@ -318,7 +208,7 @@ def start(
   )
 
   batches = data.train_batches(
-    config.batch_size // jax.process_count(),
+    config.batch_size,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )

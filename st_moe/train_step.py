@@ -11,19 +11,13 @@ import jax.numpy as jnp
 import optax
 
 from st_moe import losses, partitioning
-from st_moe.config import ModelConfig, RunConfig
+from st_moe.config import RunConfig
 from st_moe.train_state import TrainState
-from st_moe.transformer import EncoderDecoder
+from st_moe.transformer import apply_model
 
 # Streams folded into the seed, so that initialization and the steps (dropout,
 # routing) draw independent numbers.
 _INIT_STREAM, _STEP_STREAM = 0, 1
-
-MODEL_INPUTS = (
-  'encoder_input_tokens', 'decoder_input_tokens', 'decoder_target_tokens',
-  'encoder_segment_ids', 'decoder_segment_ids',
-  'encoder_positions', 'decoder_positions',
-)  # fmt: skip
 
 
 def init_key(seed: int) -> jax.Array:
@@ -35,21 +29,6 @@ def step_key(seed: int, step: jax.Array) -> jax.Array:
   """Returns the key of one step's dropout and routing."""
   key = jax.random.fold_in(jax.random.key(seed), _STEP_STREAM)
   return jax.random.fold_in(key, step)
-
-
-def apply_model(
-  config: ModelConfig,
-  params: Any,
-  batch: dict[str, jax.Array],
-  *,
-  train: bool,
-  rngs: dict[str, jax.Array] | None = None,
-) -> Any:
-  """Runs the encoder-decoder on a batch with seqio's feature names."""
-  inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
-  return EncoderDecoder(config).apply(
-    {'params': params}, **inputs, train=train, rngs=rngs
-  )
 
 
 def batch_totals(
@@ -126,9 +105,7 @@ def loss_and_gradients(
     lambda p: grad_fn(params, p, 0), jax.tree.map(lambda x: x[0], parts)
   )
   zeros = jax.tree.map(jnp.zeros_like, params)
-  zero_terms = jax.tree.map(
-    lambda s: jnp.zeros(s.shape, s.dtype), shapes[1][0]
-  )
+  zero_terms = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1][0])
   (gradients, terms), router = jax.lax.scan(
     add,
     (zeros, zero_terms),
@@ -152,7 +129,7 @@ def make_train_step(
     rng = step_key(config.seed, state.step)
     gradients, result = loss_and_gradients(config, state.params, batch, rng)
     with jax.named_scope('optimizer'):
-      gradient_norm = optax.global_norm(gradients)
+      gradient_norm = optax.tree.norm(gradients)
       updates, opt_state = optimizer.update(
         gradients, state.opt_state, state.params
       )
@@ -179,5 +156,3 @@ def make_train_step(
     return new_state, result
 
   return train_step
-
-

@@ -3,15 +3,20 @@
 import os
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# Compiled programs are kept between runs of the suite.
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR', str(ROOT / '.pytest_cache' / 'jax')
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 
 import pytest  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):

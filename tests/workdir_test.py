@@ -1,4 +1,4 @@
-"""A work directory belongs to one configuration, one vocabulary, one process."""
+"""A work directory has one configuration, one vocabulary, one process."""
 
 import dataclasses
 import json

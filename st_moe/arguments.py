@@ -1,0 +1,178 @@
+"""The words of the command line: commands and their flags.
+
+Flags are spelt as absl spells them: `--gin_file=`, `--gin.NAME=VALUE`,
+`--workdir=`. Nothing heavy is imported, so that `--help` answers at once.
+"""
+
+import argparse
+import re
+from typing import Any
+
+from st_moe import __version__
+from st_moe.errors import UserError, did_you_mean
+
+
+class _Parser(argparse.ArgumentParser):
+  """An ArgumentParser whose errors are ours: one line, exit status 2."""
+
+  def error(self, message: str):
+    raise UserError(f'{message}; see `{self.prog} --help`')
+
+
+def _add_command(
+  subparsers: Any,
+  name: str,
+  text: str,
+  example: str,
+) -> _Parser:
+  """Adds a command with the flags that all commands share."""
+  command = subparsers.add_parser(
+    name,
+    help=text,
+    description=f'{text[0].upper()}{text[1:]}.',
+    epilog=f'Example: st_moe {name} {example}',
+    allow_abbrev=False,
+  )
+  command.set_defaults(command=name)
+  add = command.add_argument
+  add(
+    '--gin_file',
+    action='append',
+    default=[],
+    metavar='FILE',
+    help='gin file; may be repeated, later files win',
+  )
+  add(
+    '--gin_bindings',
+    action='append',
+    default=[],
+    metavar='NAME=VALUE',
+    help='set a macro or a field; usually written --gin.NAME=VALUE, as in '
+    '--gin.STEPS=60 --gin.ModelConfig.d_model=128; strings need no quotes',
+  )
+  add('--seed', type=int, help='wins over RunConfig.seed and SEED')
+  add('--debug', action='store_true', help='show tracebacks and library logs')
+  return command
+
+
+def _add_pretrain(subparsers: Any) -> _Parser:
+  command = _add_command(
+    subparsers,
+    'pretrain',
+    'train on a task; started again in its work directory, go on',
+    '--gin_file=gin_configs/runs/quickstart.gin --workdir=runs/quickstart',
+  )
+  command.add_argument(
+    '--workdir',
+    required=True,
+    metavar='DIR',
+    help='for checkpoints, metrics and the report',
+  )
+  command.add_argument(
+    '--allow_config_change',
+    action='store_true',
+    help='go on in a work directory that was started otherwise',
+  )
+  return command
+
+
+def _add_config(subparsers: Any) -> _Parser:
+  command = _add_command(
+    subparsers,
+    'config',
+    'list gin files, show a whole configuration, or compare two',
+    'show gin_configs/runs/quickstart.gin --gin.STEPS=60',
+  )
+  command.add_argument('action', metavar='list|show|diff')
+  command.add_argument('files', nargs='*', metavar='FILE', help='gin files')
+  return command
+
+
+def _add_vocab(subparsers: Any) -> _Parser:
+  command = _add_command(
+    subparsers,
+    'vocab',
+    'train a T5-compatible SentencePiece model on text',
+    'texts/*.txt --size=8000 --output=my.model',
+  )
+  command.add_argument(
+    'files', nargs='*', metavar='FILE', help="text (default: gin's task)"
+  )
+  command.add_argument(
+    '--size', type=int, help='pieces (default: DataConfig.auto_vocabulary_size)'
+  )
+  command.add_argument('--output', required=True, metavar='FILE')
+  return command
+
+
+def _add_cache(subparsers: Any) -> _Parser:
+  command = _add_command(
+    subparsers,
+    'cache',
+    'tokenize text once, for training without TensorFlow',
+    'texts/*.txt --gin.DataConfig.vocabulary=my.model --output=cache',
+  )
+  command.add_argument(
+    'files', nargs='*', metavar='FILE', help="text (default: gin's task)"
+  )
+  command.add_argument('--output', required=True, metavar='DIR')
+  command.add_argument(
+    '--num_shards', type=int, help='files of the training text'
+  )
+  command.add_argument(
+    '--shard',
+    metavar='I/N',
+    help='write every n-th file only, so that n processes share the work',
+  )
+  return command
+
+
+def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
+  """Returns the parser of the program and those of its commands."""
+  parser = _Parser(
+    prog='st_moe',
+    description='ST-MoE: sparse T5-style encoder-decoders in JAX.',
+    epilog='Exit status: 0 done; 2 the input is wrong; 3 the run stopped '
+    'itself. `st_moe COMMAND --help` says more.',
+    allow_abbrev=False,
+  )
+  parser.add_argument('--version', action='version', version=__version__)
+  subparsers = parser.add_subparsers(metavar='COMMAND')
+  commands = {
+    'pretrain': _add_pretrain(subparsers),
+    'config': _add_config(subparsers),
+    'vocab': _add_vocab(subparsers),
+    'cache': _add_cache(subparsers),
+  }
+  return parser, commands
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+  """Parses a command line; `command` is the command's name.
+
+  Raises:
+    UserError: for an unknown word, with the nearest known one.
+  """
+  parser, commands = _make_parser()
+  known = ', '.join(commands)
+  if not argv:
+    raise UserError(f'no command (one of {known}); see `st_moe --help`')
+  if argv[0] not in (*commands, '-h', '--help', '--version'):
+    raise UserError(
+      f'unknown command {argv[0]} (one of {known})'
+      f'{did_you_mean(argv[0], commands)}'
+    )
+  for arg in argv:
+    if arg.startswith('--gin.') and '=' not in arg:
+      raise UserError(f'{arg} needs a value: {arg}=VALUE')
+  # argparse has no flags with free names: --gin.X=Y joins --gin_bindings.
+  fixed = [re.sub(r'^--gin\.', '--gin_bindings=', arg) for arg in argv]
+  args, unknown = parser.parse_known_args(fixed)
+  if unknown:
+    flag = unknown[0].partition('=')[0]
+    flags = re.findall(r'--\w+', commands[argv[0]].format_help())
+    raise UserError(
+      f'{argv[0]} has no argument {flag}{did_you_mean(flag, flags)}; see '
+      f'`st_moe {argv[0]} --help`'
+    )
+  return args

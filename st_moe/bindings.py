@@ -1,0 +1,296 @@
+"""From bindings of names to a RunConfig, and back.
+
+A configuration is written as `NAME = VALUE`: fields of the dataclasses in
+config.py and macros. main.py reads them from gin files and the command line;
+this file checks every name, macro and type, and says where a wrong one stands.
+
+Sections: RunConfig, ModelConfig, OptimizerConfig, DataConfig, MeshConfig, and
+RouterConfig, which applies to both stacks unless `encoder/` or `decoder/`
+stands before it. `RouterConfig.preset` names the values that the other
+bindings change.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from st_moe.config import (
+  ROUTER_PRESETS,
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RouterConfig,
+  RunConfig,
+)
+from st_moe.errors import UserError, did_you_mean
+
+_CLASSES = {
+  cls.__name__: cls
+  for cls in (
+    RunConfig,
+    ModelConfig,
+    RouterConfig,
+    OptimizerConfig,
+    DataConfig,
+    MeshConfig,
+  )
+}
+_STACKS = ('encoder', 'decoder')
+# Fields that hold a dataclass are built from its own bindings.
+_PARTS = {
+  'model': 'ModelConfig',
+  'optimizer': 'OptimizerConfig',
+  'data': 'DataConfig',
+  'mesh': 'MeshConfig',
+  'encoder_router': 'encoder/RouterConfig',
+  'decoder_router': 'decoder/RouterConfig',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Macro:
+  """`%NAME` as a value."""
+
+  name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Binding:
+  """`NAME = VALUE`, and where it is written.
+
+  A name with a dot is a field ('ModelConfig.d_model',
+  'encoder/RouterConfig.jitter'), one without is a macro ('STEPS').
+  """
+
+  name: str
+  value: Any
+  where: str
+
+  @property
+  def is_macro(self) -> bool:
+    return '.' not in self.name
+
+
+def inside(value: Any, kind: type) -> list[Any]:
+  """Returns every instance of `kind` in nested containers."""
+  if isinstance(value, kind):
+    return [value]
+  if isinstance(value, dict):
+    value = [*value.keys(), *value.values()]
+  if isinstance(value, (list, tuple)):
+    return [x for item in value for x in inside(item, kind)]
+  return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+  """A value without macros, and where it is written."""
+
+  value: Any
+  where: str
+
+
+def _fields(class_name: str) -> list[str]:
+  """Returns the bindable fields of a class: all but the nested dataclasses."""
+  names = [
+    field.name
+    for field in dataclasses.fields(_CLASSES[class_name])
+    if not dataclasses.is_dataclass(field.default)
+  ]
+  return names + ['preset'] if class_name == 'RouterConfig' else names
+
+
+def _owners(field: str) -> list[str]:
+  """Returns 'Class.field' for every class that has the field."""
+  return [f'{name}.{field}' for name in _CLASSES if field in _fields(name)]
+
+
+def _check_name(binding: Binding) -> None:
+  """Raises UserError for a field that does not exist."""
+  where, (scoped_class, _, field) = binding.where, binding.name.rpartition('.')
+  scope, _, class_name = scoped_class.rpartition('/')
+  if class_name not in _CLASSES:
+    raise UserError(
+      f'{where}: unknown class {class_name} in {binding.name}'
+      f'{did_you_mean(class_name, _CLASSES)}'
+    )
+  if scope and (class_name != 'RouterConfig' or scope not in _STACKS):
+    raise UserError(
+      f'{where}: {binding.name} has no meaning; only encoder/RouterConfig and '
+      'decoder/RouterConfig are scoped'
+    )
+  if field not in _fields(class_name):
+    near = did_you_mean(field, _fields(class_name))
+    if field in _PARTS:
+      near = f'; bind the fields of {_PARTS[field]}'
+    elif owners := _owners(field):
+      near = f'; did you mean {owners[0]}?'
+    raise UserError(f'{where}: {class_name} has no field {field}{near}')
+
+
+class Resolver:
+  """Turns bindings into a RunConfig; the last binding of a name counts."""
+
+  def __init__(self, bindings: Sequence[Binding]):
+    self._fields = {b.name: b for b in bindings if not b.is_macro}
+    self._order = {b.name: i for i, b in enumerate(bindings)}
+    self._macros = {b.name: b for b in bindings if b.is_macro}
+    self._used: set[str] = set()
+    for binding in bindings:
+      if not binding.is_macro:
+        _check_name(binding)
+    self._check_macros(bindings)
+
+  def _check_macros(self, bindings: Sequence[Binding]) -> None:
+    """Raises UserError for a macro that is read or defined, but not both."""
+    read = {'gin.REQUIRED'}
+    for binding in bindings:
+      for macro in inside(binding.value, Macro):
+        read.add(macro.name)
+        if macro.name not in self._macros and macro.name != 'gin.REQUIRED':
+          raise UserError(
+            f'{binding.where}: macro %{macro.name} is not defined'
+            f'{did_you_mean(macro.name, self._macros)}'
+          )
+    for name, binding in self._macros.items():
+      if name not in read:
+        near = did_you_mean(name, read - {'gin.REQUIRED'})
+        owners = _owners(name.lower())
+        if owners and not near:
+          near = f'; did you mean {owners[0]}?'
+        raise UserError(f'{binding.where}: nothing reads macro {name}{near}')
+
+  def _resolve(self, value: Any, where: str, chain: tuple[str, ...]) -> Setting:
+    """Follows macros; `chain` is the names that led here."""
+    if isinstance(value, (list, tuple)):
+      items = [self._resolve(item, where, chain).value for item in value]
+      return Setting(tuple(items), where)
+    if not isinstance(value, Macro):
+      return Setting(value, where)
+    if value.name == 'gin.REQUIRED':
+      raise UserError(
+        f'{where}: {chain[-1]} is required; give --gin.{chain[-1]}=VALUE'
+      )
+    if value.name in chain:
+      raise UserError(f'{where}: macro %{value.name} is defined by itself')
+    self._used.add(value.name)
+    macro = self._macros[value.name]
+    return self._resolve(macro.value, macro.where, (*chain, value.name))
+
+  def _settings(self, class_name: str) -> dict[str, Setting]:
+    """Returns {field: setting} of a class, or of a scoped class."""
+    return {
+      name.rpartition('.')[2]: self._resolve(b.value, b.where, (name,))
+      for name, b in self._fields.items()
+      if name.rpartition('.')[0] == class_name
+    }
+
+  def _build(self, base: Any, settings: dict[str, Setting], **parts) -> Any:
+    """Returns `base` with these fields; an error says where they are bound."""
+    values = {field: setting.value for field, setting in settings.items()}
+    try:
+      return dataclasses.replace(base, **values, **parts)
+    except UserError as e:
+      places = [
+        setting.where
+        for field, setting in settings.items()
+        if re.search(rf'\b{field}\b', str(e))
+      ]
+      raise UserError(f'{e} ({", ".join(places)})' if places else e) from None
+
+  def _router(self, stack: str) -> RouterConfig:
+    scoped = self._settings(f'{stack}/RouterConfig')
+    settings = self._settings('RouterConfig') | scoped
+    preset = settings.pop('preset', Setting('paper', ''))
+    if preset.value not in ROUTER_PRESETS:
+      raise UserError(
+        f'{preset.where}: RouterConfig.preset must be one of '
+        f'{", ".join(ROUTER_PRESETS)}, got {preset.value!r}'
+        f'{did_you_mean(str(preset.value), ROUTER_PRESETS)}'
+      )
+    return self._build(ROUTER_PRESETS[preset.value], settings)
+
+  def run_config(self) -> RunConfig:
+    """Builds the parts and the whole."""
+    model = self._build(
+      ModelConfig(),
+      self._settings('ModelConfig'),
+      encoder_router=self._router('encoder'),
+      decoder_router=self._router('decoder'),
+    )
+    config = self._build(
+      RunConfig(),
+      self._settings('RunConfig'),
+      model=model,
+      optimizer=self._build(
+        OptimizerConfig(), self._settings('OptimizerConfig')
+      ),
+      data=self._build(DataConfig(), self._settings('DataConfig')),
+      mesh=self._build(MeshConfig(), self._settings('MeshConfig')),
+    )
+    self._check_effects(model)
+    return config
+
+  def _check_effects(self, model: ModelConfig) -> None:
+    """Raises UserError for a binding that changes nothing."""
+    for field, setting in self._settings('RouterConfig').items():
+      scoped = [
+        self._fields.get(f'{stack}/RouterConfig.{field}') for stack in _STACKS
+      ]
+      # gin's rule: a scope wins, whichever binding comes last.
+      last = self._order[f'RouterConfig.{field}']
+      if all(b is not None and self._order[b.name] < last for b in scoped):
+        raise UserError(
+          f'{setting.where}: RouterConfig.{field} has no effect, since '
+          + ' and '.join(f'{b.name} ({b.where})' for b in scoped)
+          + ' are bound; bind those'
+        )
+    for binding in (*self._fields.values(), *self._macros.values()):
+      if not binding.where.startswith('--'):
+        continue
+      if binding.is_macro and binding.name not in self._used:
+        raise UserError(
+          f'{binding.where} has no effect: what read %{binding.name} is bound '
+          'again by a later file; bind the field itself'
+        )
+      if 'RouterConfig.' in binding.name and not model.num_experts:
+        raise UserError(
+          f'{binding.where} has no effect: ModelConfig.num_experts is 0, so '
+          'nothing is routed'
+        )
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+  """Returns every field by its gin name, in sections, sorted in each."""
+  sections = {
+    'RunConfig': config,
+    'ModelConfig': config.model,
+    'encoder/RouterConfig': config.model.encoder_router,
+    'decoder/RouterConfig': config.model.decoder_router,
+    'OptimizerConfig': config.optimizer,
+    'DataConfig': config.data,
+    'MeshConfig': config.mesh,
+  }
+  return {
+    f'{section}.{field}': getattr(part, field)
+    for section, part in sections.items()
+    for field in sorted(vars(part))
+    if not dataclasses.is_dataclass(getattr(part, field))
+  }
+
+
+def operative_config(config: RunConfig) -> str:
+  """Returns gin text that alone gives exactly `config`: every field is bound.
+
+  Defaults are written out too, so that a run can be repeated after they have
+  changed.
+  """
+  lines = ['# Every setting of a run. This file alone gives the same run.']
+  section = None
+  for name, value in flatten(config).items():
+    if section != (section := name.rpartition('.')[0]):
+      lines += ['', f'# {section}']
+    lines.append(f'{name} = {value!r}')
+  return '\n'.join(lines) + '\n'

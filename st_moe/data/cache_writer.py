@@ -1,0 +1,355 @@
+"""Writes a token cache: documents to tokenized, randomly accessible shards.
+
+A shard holds consecutive documents, so any shard can be written alone: the
+documents before it are read and not tokenized (a tenth of the work). Writing
+goes on where it stopped, a finished shard is never written again, and several
+processes or machines may share the shards of one folder (`part`); whoever
+finishes last writes the manifest. The same text, settings and versions give
+the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from st_moe.config import DataConfig, to_dict
+from st_moe.data import cache_format
+from st_moe.data.cache_format import Manifest, Shard
+from st_moe.data.files import file_sha256, replacing, write_atomically
+from st_moe.data.vocabularies import Vocabulary, load_vocabulary
+from st_moe.errors import UserError
+
+DEFAULT_SHARDS = 16
+# A longer document becomes several records: a window of a few hundred tokens
+# must not cost the reading of megabytes.
+RECORD_TOKENS = 16384
+# Text tokenized at a time, spread over the cores.
+_BATCH_DOCUMENTS = 512
+_BATCH_CHARACTERS = 10_000_000
+# With the text's fingerprint, what decides which document is in which split.
+_TEXT_FIELDS = ('task', 'holdout_every', 'train_split', 'eval_split')
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """The shards that this process writes: those with number % count == index."""
+
+  index: int = 0
+  count: int = 1
+
+  @classmethod
+  def parse(cls, text: str) -> 'Part':
+    """Reads 'i/n', i from 0.
+
+    Raises:
+      UserError: not of that form, or i not below n.
+    """
+    try:
+      index, count = map(int, text.split('/'))
+    except ValueError:
+      index, count = 0, 0
+    if not 0 <= index < count:
+      raise UserError(
+        f"--shard={text} is not 'i/n' with 0 <= i < n, for example 0/4"
+      )
+    return cls(index, count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+  """What is to be cached.
+
+  Attributes:
+    documents: gives the documents of 'train' or 'validation', each time the
+      same in one order; a sequence is read only where needed.
+    fingerprint: plain values that name the content.
+    vocabulary: tokenizes them.
+  """
+
+  documents: Callable[[str], Iterable[str]]
+  fingerprint: dict[str, Any]
+  vocabulary: Vocabulary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+  """What the folder is going to hold; fixed by the first process."""
+
+  text: dict[str, Any]
+  vocabulary: str
+  model_sha256: str
+  documents: dict[str, int]
+  shards: dict[str, int]
+
+
+def write_cache(
+  config: DataConfig,
+  output: Path,
+  text: Text,
+  *,
+  num_shards: int = DEFAULT_SHARDS,
+  part: Part | None = None,
+  report: Callable[[str], None] = print,
+) -> Manifest | None:
+  """Writes the shards that are missing, and the manifest when all are there.
+
+  Args:
+    config: what the text comes from; kept in the manifest.
+    output: the cache's folder.
+    text: documents and their vocabulary.
+    num_shards: shards of the training split; fewer when there are fewer
+      documents. The held-out split is one shard. Readers keep every shard
+      open, at four threads each: prefer few large ones.
+    part: which shards to write; None: all.
+    report: takes one line for each finished shard.
+
+  Returns:
+    The manifest, or None while other parts have shards to write.
+
+  Raises:
+    UserError: a split without documents, or a folder that holds another text,
+      vocabulary or number of shards.
+  """
+  if num_shards < 1:
+    raise UserError(f'num_shards must be >= 1, got {num_shards}')
+  output, part = Path(output), part or Part()
+  plan = _plan(config, output, text, num_shards)
+  # Without sentinels: `<extra_id_0>` in a document is text like any other.
+  vocabulary = load_vocabulary(text.vocabulary.spec, extra_ids=0)
+  number = itertools.count()
+  for split, count in plan.shards.items():
+    names = [cache_format.shard_name(split, i, count) for i in range(count)]
+    missing = [
+      index
+      for index, name in enumerate(names)
+      if next(number) % part.count == part.index
+      and not _is_intact(output, name)
+    ]
+    if missing:
+      documents = text.documents(split)
+      _write_shards(output, split, missing, plan, documents, vocabulary, report)
+  return _write_manifest(config, output, plan, vocabulary)
+
+
+def _plan(
+  config: DataConfig, output: Path, text: Text, num_shards: int
+) -> _Plan:
+  """Reads the folder's plan, or counts the documents and makes one."""
+  path = output / cache_format.PLAN_FILE
+  settings = {name: getattr(config, name) for name in _TEXT_FIELDS}
+  identity = settings | {'content': text.fingerprint}
+  identity = json.loads(json.dumps(identity))  # as the plan will read it
+  if path.is_file():
+    try:
+      plan = _Plan(**json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+      raise UserError(
+        f'{path} is damaged; delete the folder {output} and make the cache '
+        'again'
+      ) from error
+    _check_plan(plan, output, identity, text.vocabulary, num_shards)
+    return plan
+  if output.is_dir() and any(output.iterdir()):
+    raise UserError(
+      f'{output} is not empty and holds no cache; choose another folder'
+    )
+  counts = {}
+  for split in (cache_format.TRAIN, cache_format.VALIDATION):
+    counts[split] = _count(text.documents(split))
+    if not counts[split]:
+      raise UserError(f'task {config.task!r} has no {split} documents')
+  plan = _Plan(
+    text=identity,
+    vocabulary=_store_vocabulary(output, text.vocabulary),
+    model_sha256=text.vocabulary.model_sha256,
+    documents=counts,
+    shards={
+      cache_format.TRAIN: min(num_shards, counts[cache_format.TRAIN]),
+      cache_format.VALIDATION: 1,
+    },
+  )
+  content = json.dumps(dataclasses.asdict(plan), indent=1)
+  write_atomically(path, content.encode())
+  return plan
+
+
+def _count(texts: Iterable[str]) -> int:
+  return len(texts) if isinstance(texts, Sequence) else sum(1 for _ in texts)
+
+
+def _check_plan(
+  plan: _Plan,
+  output: Path,
+  identity: dict[str, Any],
+  vocabulary: Vocabulary,
+  num_shards: int,
+) -> None:
+  """Refuses to mix two texts, vocabularies or numbers of shards."""
+  train = cache_format.TRAIN
+  now = identity | {
+    'vocabulary': vocabulary.model_sha256,
+    'num_shards': min(num_shards, plan.documents[train]),
+  }
+  then = plan.text | {
+    'vocabulary': plan.model_sha256,
+    'num_shards': plan.shards[train],
+  }
+  for name, value in now.items():
+    if then.get(name) != value:
+      raise UserError(
+        f'{output} holds a cache with {name} {then.get(name)}, this one would '
+        f'have {value}; choose another folder, or delete that one'
+      )
+
+
+def _store_vocabulary(output: Path, vocabulary: Vocabulary) -> str:
+  """Copies the model into the folder; returns its name there, or 'byte'."""
+  if vocabulary.spec == 'byte':
+    return 'byte'
+  path = output / cache_format.VOCABULARY_FILE
+  write_atomically(path, Path(vocabulary.spec).read_bytes())
+  return path.name
+
+
+def _is_intact(output: Path, name: str) -> bool:
+  """Whether a shard is finished and its files are what was written."""
+  shard = cache_format.read_shard(output, name)
+  return (
+    shard is not None
+    and file_sha256(shard.data_path(output)) == shard.sha256
+    and file_sha256(shard.offsets_path(output)) == shard.offsets_sha256
+  )
+
+
+def _write_shards(
+  output: Path,
+  split: str,
+  missing: list[int],
+  plan: _Plan,
+  documents: Iterable[str],
+  vocabulary: Vocabulary,
+  report: Callable[[str], None],
+) -> None:
+  """Writes some shards of a split in one pass over its documents."""
+  total, count = plan.documents[split], plan.shards[split]
+  runs = _Runs(documents)
+  for index in missing:
+    start, stop = total * index // count, total * (index + 1) // count
+    name = cache_format.shard_name(split, index, count)
+    shard = _write_shard(output, name, runs.take(start, stop), vocabulary)
+    missed = shard.documents != stop - start
+    if missed or (stop == total and not runs.end_at(total)):
+      shard.record_path(output).unlink()
+      raise UserError(
+        f'the {split} text changed while {output} was written: its plan '
+        f'counts {total} documents; delete the folder and make it again'
+      )
+    report(f'{name}: {shard.documents} documents, {shard.tokens} tokens')
+
+
+class _Runs:
+  """Consecutive runs of documents, from a sequence or a stream."""
+
+  def __init__(self, documents: Iterable[str]):
+    self._sequence = documents if isinstance(documents, Sequence) else None
+    self._stream = iter(documents)
+    self._position = 0
+
+  def take(self, start: int, stop: int) -> Iterator[str]:
+    """Yields documents [start, stop); a stream only moves forward."""
+    if self._sequence is not None:
+      return (self._sequence[i] for i in range(start, stop))
+    skipped = start - self._position
+    self._position = stop
+    return itertools.islice(self._stream, skipped, skipped + stop - start)
+
+  def end_at(self, stop: int) -> bool:
+    """Whether nothing comes after document stop - 1, the last one taken."""
+    if self._sequence is not None:
+      return len(self._sequence) == stop
+    return next(self._stream, None) is None
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+  """Yields documents in batches of bounded number and size."""
+  batch: list[str] = []
+  characters = 0
+  for text in texts:
+    batch.append(text)
+    characters += len(text)
+    if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+      yield batch
+      batch, characters = [], 0
+  if batch:
+    yield batch
+
+
+def _write_shard(
+  output: Path, name: str, texts: Iterator[str], vocabulary: Vocabulary
+) -> Shard:
+  dtype = cache_format.token_dtype(_token_bytes(vocabulary))
+  for stale in output.glob(f'.{name}.*.tmp'):  # of a killed process
+    stale.unlink()
+  documents, offsets = 0, [0]
+  with contextlib.ExitStack() as stack:
+    data = stack.enter_context(replacing(output / f'{name}.array_record'))
+    index = stack.enter_context(replacing(output / f'{name}.offsets.npy'))
+    # One record per chunk: a random read decompresses one record.
+    writer = ArrayRecordWriter(str(data), 'group_size:1')
+    for batch in _batches(texts):
+      documents += len(batch)
+      for ids in vocabulary.encode_batch(batch):
+        tokens = np.asarray(ids, dtype)
+        for start in range(0, len(tokens), RECORD_TOKENS):
+          record = tokens[start : start + RECORD_TOKENS]
+          writer.write(record.tobytes())
+          offsets.append(offsets[-1] + len(record))
+    writer.close()
+    with index.open('wb') as file:
+      np.save(file, np.asarray(offsets, np.int64))
+    shard = Shard(
+      name=name,
+      documents=documents,
+      records=len(offsets) - 1,
+      tokens=offsets[-1],
+      bytes=data.stat().st_size,
+      sha256=file_sha256(data),
+      offsets_sha256=file_sha256(index),
+    )
+  content = json.dumps(dataclasses.asdict(shard))
+  write_atomically(shard.record_path(output), content.encode())
+  return shard
+
+
+def _token_bytes(vocabulary: Vocabulary) -> int:
+  return 2 if vocabulary.vocab_size <= 2**16 else 4
+
+
+def _write_manifest(
+  config: DataConfig, output: Path, plan: _Plan, vocabulary: Vocabulary
+) -> Manifest | None:
+  """Writes the manifest if every shard of the plan is finished."""
+  splits: dict[str, tuple[Shard, ...]] = {}
+  for split, count in plan.shards.items():
+    names = [cache_format.shard_name(split, i, count) for i in range(count)]
+    shards = [cache_format.read_shard(output, name) for name in names]
+    if None in shards:
+      return None
+    splits[split] = tuple(shards)
+  manifest = Manifest(
+    vocabulary=plan.vocabulary,
+    model_sha256=plan.model_sha256,
+    token_bytes=_token_bytes(vocabulary),
+    config=json.loads(json.dumps(to_dict(config))),  # as it is read back
+    splits=splits,
+  )
+  path = output / cache_format.MANIFEST_FILE
+  write_atomically(path, manifest.to_json().encode())
+  return manifest

@@ -1,0 +1,138 @@
+"""The one door to the data: `open_data` gives batches as numpy arrays.
+
+Two roads behind it: seqio over raw text (streaming.py, needs TensorFlow), and
+a tokenized cache read by Grain (cache.py, does not). Neither knows of JAX.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from st_moe.config import DataConfig
+from st_moe.data.vocabularies import Vocabulary
+
+# seqio's names: encoder_input_tokens [rows, inputs_length];
+# decoder_input_tokens, decoder_target_tokens, decoder_loss_weights
+# [rows, targets_length]; packed rows also have *_segment_ids, *_positions.
+Batch = dict[str, np.ndarray]
+
+_NOTICES = (b'I0000 ', b'WARNING: All log messages before absl::Init', b'\n')
+
+
+class Batches(Protocol):
+  """Endless training batches whose position can be saved."""
+
+  def __iter__(self) -> 'Batches': ...
+
+  def __next__(self) -> Batch: ...
+
+  def get_state(self) -> bytes:
+    """Returns the position behind the last batch handed out."""
+    ...
+
+  def set_state(self, state: bytes) -> None:
+    """Goes on from a position: the next batch is the one that came then.
+
+    Raises:
+      UserError: the position does not fit this data or these processes.
+    """
+    ...
+
+
+class Data(Protocol):
+  """An opened corpus.
+
+  Attributes:
+    vocabulary: of inputs and targets.
+    fingerprint: plain values that name the data, for run.json.
+  """
+
+  vocabulary: Vocabulary
+  fingerprint: dict[str, Any]
+
+  def train_batches(
+    self, batch_size: int, *, process_index: int = 0, process_count: int = 1
+  ) -> Batches:
+    """Returns the batches of one process.
+
+    Args:
+      batch_size: rows of a batch over all processes.
+      process_index: which rows: every process gets batch_size /
+        process_count others.
+      process_count: how many processes there are.
+    """
+    ...
+
+  def eval_batches(
+    self,
+    batch_size: int,
+    num_batches: int,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
+  ) -> Iterator[Batch]:
+    """Yields the same held-out batches, masks included, on every call.
+
+    At most `num_batches`; the last is filled up with rows of zeros, whose
+    weights are zero too. The rows of all processes together do not depend on
+    their number.
+    """
+    ...
+
+  def eval_texts(self, count: int) -> list[str]:
+    """Returns short sentences from held-out documents, at most `count`."""
+    ...
+
+
+def open_data(
+  config: DataConfig, *, seed: int, cache_root: Path | None
+) -> Data:
+  """Opens what `config.task` names and checks it before anything is trained.
+
+  Args:
+    config: what to read and how.
+    seed: of the order of training and of what is masked.
+    cache_root: folder for what can be made again (docstring corpus, trained
+      vocabulary); None: $XDG_CACHE_HOME/st_moe.
+
+  Raises:
+    UserError: unknown task; missing, empty or broken files; lengths, rates or
+      vocabularies that do not go together.
+  """
+  if config.task == 'cache':
+    from st_moe.data.cache import open_cache
+
+    return open_cache(config, seed=seed)
+  with _without_banners():
+    from st_moe.data.streaming import open_stream
+  return open_stream(config, seed=seed, cache_root=cache_root)
+
+
+@contextlib.contextmanager
+def _without_banners() -> Iterator[None]:
+  """Keeps what TensorFlow prints while it loads off the terminal.
+
+  It writes to file descriptor 2 whatever its log level. Anything that is not
+  one of its notices is passed on.
+  """
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # and later ones
+  sys.stderr.flush()
+  terminal = os.dup(2)
+  with tempfile.TemporaryFile() as caught:
+    os.dup2(caught.fileno(), 2)
+    try:
+      yield
+    finally:
+      sys.stderr.flush()
+      os.dup2(terminal, 2)
+      os.close(terminal)
+      caught.seek(0)
+      for line in caught:
+        if not line.startswith(_NOTICES):
+          os.write(2, line)

@@ -1,0 +1,161 @@
+"""seqio data sources over local documents.
+
+Both read in Python, inside `tf.numpy_function`, from functions of their
+arguments alone: so TensorFlow may save and restore the iterators, and their
+state is a few numbers instead of buffers of text.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from st_moe.data.c4_json import JsonChunks, JsonPart
+from st_moe.errors import UserError
+
+_DOCUMENTS_AT_ONCE = 16  # fetched by one call from TensorFlow into Python
+# Shards read in turn, and documents from each at a turn: seqio's own numbers.
+_CYCLE_LENGTH = 16
+_BLOCK_LENGTH = 16
+
+
+def _read_texts(
+  read: Callable[..., Sequence[str]],
+  arguments: Sequence[tf.Tensor],
+  errors: list[UserError],
+) -> tf.Tensor:
+  """Calls `read` with numpy arguments inside tf.data: string [texts].
+
+  A UserError goes into `errors`, whence the batches raise it again.
+  """
+
+  def call(*values: np.ndarray) -> np.ndarray:
+    try:
+      texts = [text.encode() for text in read(*values)]
+    except UserError as error:
+      errors.append(error)
+      raise
+    return np.array(texts, dtype=object)
+
+  texts = tf.numpy_function(call, arguments, tf.string, stateful=False)
+  texts.set_shape([None])
+  return texts
+
+
+class RandomAccessSource(seqio.DataSource):
+  """Documents known by number: a perfect shuffle, another in each epoch."""
+
+  def __init__(
+    self, documents: Mapping[str, Sequence[str]], errors: list[UserError]
+  ):
+    """Builds it from the documents of each split."""
+    super().__init__(splits=documents)
+    self._documents = documents
+    self._errors = errors
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [split]
+
+  def get_dataset(
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused: Any,
+  ) -> tf.data.Dataset:
+    """Returns one epoch; where repeated, each epoch has its own order."""
+    documents = self._documents[split]
+    count = len(documents)
+    if shard_info and count < shard_info.num_shards:
+      raise UserError(
+        f'{count} documents cannot be shared by {shard_info.num_shards} '
+        'processes: give more text, or use fewer processes'
+      )
+    numbers = (
+      _shuffled(count, seed) if shuffle else tf.data.Dataset.range(count)
+    )
+    if shard_info:
+      numbers = numbers.shard(shard_info.num_shards, shard_info.index)
+
+    def read(chosen: np.ndarray) -> list[str]:
+      return [documents[int(number)] for number in chosen]
+
+    texts = numbers.batch(_DOCUMENTS_AT_ONCE).map(
+      lambda chosen: _read_texts(read, [chosen], self._errors),
+      num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    return texts.unbatch().map(lambda text: {'text': text})
+
+
+def _shuffled(count: int, seed: int | None) -> tf.data.Dataset:
+  """Returns the numbers below `count` in random order, another each epoch.
+
+  The order is computed number by number from one key an epoch, so the state
+  of an iterator is a few numbers however many documents there are.
+  """
+
+  def epoch(key: tf.Tensor) -> tf.data.Dataset:
+    return tf.data.Dataset.range(count).map(
+      lambda i: tf.random.experimental.index_shuffle(i, key, count - 1)
+    )
+
+  keys = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
+  return keys.batch(2, drop_remainder=True).take(1).flat_map(epoch)
+
+
+class JsonSource(seqio.DataSource):
+  """C4 JSON shards, sixteen at a time, as seqio reads any files."""
+
+  def __init__(self, parts: Mapping[str, JsonPart], errors: list[UserError]):
+    """Builds it from the part of the shards that each split is."""
+    super().__init__(splits=parts)
+    self._parts = parts
+    self._errors = errors
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return False
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [str(path) for path in self._parts[split].files]
+
+  def get_dataset(
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused: Any,
+  ) -> tf.data.Dataset:
+    """Returns one epoch; `shuffle` is of the shards."""
+    part = self._parts[split]
+    chunks = JsonChunks(part)
+    shards = tf.data.Dataset.range(len(part.files))
+    if shard_info:
+      shards = shards.shard(shard_info.num_shards, shard_info.index)
+    if shuffle:
+      shards = shards.shuffle(len(part.files), seed=seed)
+
+    def read(shard: np.ndarray, chunk: np.ndarray) -> list[str]:
+      return chunks.read(int(shard), int(chunk))
+
+    def documents(shard: tf.Tensor) -> tf.data.Dataset:
+      texts = tf.data.Dataset.counter().map(
+        lambda chunk: _read_texts(read, [shard, chunk], self._errors)
+      )
+      return texts.take_while(lambda chunk: tf.size(chunk) > 0).unbatch()
+
+    texts = shards.interleave(
+      documents,
+      cycle_length=_CYCLE_LENGTH,
+      block_length=_BLOCK_LENGTH,
+      num_parallel_calls=tf.data.AUTOTUNE,
+    )
+    return texts.map(lambda text: {'text': text})

@@ -1,0 +1,294 @@
+"""Pretraining tasks: where the documents come from, and their seqio task.
+
+The built-in tasks are 'docstrings' (the offline corpus), 'text' and 'c4_json'
+(local files), 'c4' and 'mc4.LANGUAGE' (tfds); any task or mixture that is
+registered with seqio goes by its own name. A built-in task is T5's pipeline
+(c4_v220_span_corruption): documents, tokens, an objective of
+preprocessors.py, end of sequence.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import seqio
+import tensorflow as tf
+import tensorflow_datasets as tfds
+
+from st_moe.config import DataConfig
+from st_moe.data import preprocessors, sources
+from st_moe.data.c4_json import JsonDocuments
+from st_moe.data.corpus import docstring_documents
+from st_moe.data.readers import JsonSource, RandomAccessSource
+from st_moe.data.vocabularies import Vocabulary
+from st_moe.errors import UserError, did_you_mean
+
+BUILT_IN = ('c4', 'c4_json', 'docstrings', 'mc4', 'text')
+READS_FILES = ('c4_json', 'text')
+_MC4_PREFIX = 'mc4.'
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """The documents of one built-in task, before tokenization.
+
+  Attributes:
+    source: the same documents for seqio, as examples with a 'text'. Its
+      splits are the configuration's `train_split` and `eval_split`.
+    documents: gives the texts of a split, each time the same in one order.
+    fingerprint: plain values that name the content.
+    errors: what went wrong while tf.data was reading; TensorFlow itself
+      reports only that something did.
+  """
+
+  source: seqio.DataSource
+  documents: Callable[[str], Iterable[str]]
+  fingerprint: dict[str, Any]
+  errors: list[UserError] = dataclasses.field(default_factory=list)
+
+
+def registered(name: str) -> seqio.Task | seqio.Mixture | None:
+  """Returns what is registered with seqio under a name, if anything."""
+  for registry in (seqio.MixtureRegistry, seqio.TaskRegistry):
+    if name in registry.names():
+      return registry.get(name)
+  return None
+
+
+def check_name(name: str) -> None:
+  """Refuses a task that does not exist, or exists twice.
+
+  Raises:
+    UserError: with the nearest name.
+  """
+  built_in = name in BUILT_IN or name.startswith(_MC4_PREFIX)
+  if built_in and registered(name) is not None:
+    raise UserError(
+      f'task {name!r} is built in and registered with seqio: register yours '
+      'under another name'
+    )
+  if not built_in and registered(name) is None:
+    known = [*BUILT_IN, 'cache']
+    known += [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    raise UserError(
+      f'unknown task {name!r}{did_you_mean(name, known)}; built in are '
+      f'{", ".join(BUILT_IN)} and cache, others must be registered with seqio'
+    )
+
+
+def open_corpus(
+  name: str, config: DataConfig, cache_root: Path | None
+) -> Corpus:
+  """Finds and checks the documents of a built-in task.
+
+  Args:
+    name: of the task; a part of `config.task` where that is a mixture.
+    config: files, splits, what is held out.
+    cache_root: where the docstring corpus is kept.
+
+  Raises:
+    UserError: missing, empty or broken data; settings that do not go together.
+  """
+  if config.train_split == config.eval_split:
+    raise UserError(
+      f'train_split and eval_split are both {config.train_split!r}: held-out '
+      'text must not be trained on'
+    )
+  if name == 'docstrings':
+    return _docstrings(config, cache_root)
+  if name == 'text':
+    return _text(config)
+  if name == 'c4_json':
+    return _c4_json(config)
+  if name.startswith(_MC4_PREFIX):
+    language = name.removeprefix(_MC4_PREFIX)
+    splits = {
+      config.train_split: language,
+      config.eval_split: f'{language}-validation',
+    }
+    return _tfds(name, 'c4/multilingual', splits, config)
+  splits = {split: split for split in (config.train_split, config.eval_split)}
+  return _tfds(name, 'c4/en', splits, config)
+
+
+def make_task(
+  name: str, corpus: Corpus, config: DataConfig, vocabulary: Vocabulary
+) -> seqio.Task:
+  """Builds the seqio task of a corpus: T5's steps, in T5's places.
+
+  Args:
+    name: of the task.
+    corpus: gives the documents.
+    config: the objective, already checked.
+    vocabulary: of inputs and targets.
+  """
+  objective = preprocessors.prefix_lm
+  if config.objective == 'span_corruption':
+    objective = functools.partial(
+      preprocessors.span_corruption,
+      noise_density=config.noise_density,
+      mean_noise_span_length=config.mean_noise_span_length,
+    )
+  feature = seqio.Feature(vocabulary.as_seqio(), add_eos=True)
+  return seqio.Task(
+    name.replace('-', '_'),  # mc4.bg-Latn is no name for seqio
+    source=corpus.source,
+    # The place of the cache decides the seeds of what follows.
+    preprocessors=[
+      functools.partial(seqio.preprocessors.rekey, key_map={'targets': 'text'}),
+      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+      seqio.CacheDatasetPlaceholder(),
+      objective,
+      seqio.preprocessors.append_eos_after_trim,
+    ],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+
+
+def _docstrings(config: DataConfig, cache_root: Path | None) -> Corpus:
+  documents = docstring_documents(cache_root=cache_root)
+  split = sources.hold_out(
+    documents.texts, config.holdout_every, 'the docstring corpus'
+  )
+  fingerprint = {'sha256': documents.sha256, 'sources': documents.sources}
+  return _random_access(split, config, fingerprint)
+
+
+def _text(config: DataConfig) -> Corpus:
+  def read(files):
+    return sources.TextDocuments(files, config.document, config.max_line_bytes)
+
+  files = _resolve(config, sources.TEXT_SUFFIXES)
+  if files.held_out:
+    split = sources.Split(read(files.train), read(files.held_out))
+  else:
+    what = f'{files.train[0]} and the rest' if files.train[1:] else ''
+    split = sources.hold_out(
+      read(files.train), config.holdout_every, what or str(files.train[0])
+    )
+  fingerprint = files.fingerprint() | {'document': config.document}
+  return _random_access(split, config, fingerprint)
+
+
+def _random_access(
+  split: sources.Split, config: DataConfig, fingerprint: dict[str, Any]
+) -> Corpus:
+  documents = {
+    config.train_split: split.train,
+    config.eval_split: split.held_out,
+  }
+  counts = {name: len(texts) for name, texts in documents.items()}
+  errors: list[UserError] = []
+  return Corpus(
+    source=RandomAccessSource(documents, errors),
+    documents=documents.__getitem__,
+    fingerprint=fingerprint | {'documents': counts},
+    errors=errors,
+  )
+
+
+def _c4_json(config: DataConfig) -> Corpus:
+  files = _resolve(config, sources.JSON_SUFFIXES)
+  every = None if files.held_out else config.holdout_every
+  train = JsonDocuments(files.train, config.max_line_bytes, every)
+  held_out = train
+  if files.held_out:
+    held_out = JsonDocuments(files.held_out, config.max_line_bytes)
+  parts = {
+    config.train_split: train.part(held_out=False),
+    config.eval_split: held_out.part(held_out=every is not None),
+  }
+  for split, part in parts.items():
+    if next(iter(part), None) is None:
+      raise UserError(
+        f'{files.train[0]}: no document is left for {split}; lower '
+        f'DataConfig.holdout_every ({config.holdout_every}), or give eval_files'
+      )
+  errors: list[UserError] = []
+  return Corpus(
+    source=JsonSource(parts, errors),
+    documents=parts.__getitem__,
+    fingerprint=files.fingerprint(),
+    errors=errors,
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Files:
+  """Files to train on and held-out files; the latter may be none."""
+
+  train: tuple[Path, ...]
+  held_out: tuple[Path, ...]
+  holdout_every: int
+
+  def fingerprint(self) -> dict[str, Any]:
+    found = {'train': sources.fingerprint_files(self.train)}
+    if self.held_out:
+      return found | {'held_out': sources.fingerprint_files(self.held_out)}
+    return found | {'holdout_every': self.holdout_every}
+
+
+def _resolve(config: DataConfig, suffixes: tuple[str, ...]) -> _Files:
+  train = sources.resolve_files(config.files, suffixes, 'DataConfig.files')
+  held_out: tuple[Path, ...] = ()
+  if config.eval_files:
+    held_out = sources.resolve_files(
+      config.eval_files, suffixes, 'DataConfig.eval_files'
+    )
+    sources.check_disjoint(train, held_out)
+  return _Files(train, held_out, config.holdout_every)
+
+
+def tfds_version(name: str, dataset: str, config: DataConfig) -> str:
+  """Returns the newest prepared version of a tfds dataset, `3.0.1`.
+
+  Raises:
+    UserError: it is not in the tfds folder; nothing is downloaded.
+  """
+  root = config.tfds_data_dir or str(tfds.core.constants.DATA_DIR)
+  folder = f'{root.rstrip("/")}/{dataset}'
+  infos = tf.io.gfile.glob(f'{folder}/*/dataset_info.json')
+  versions = [info.split('/')[-2] for info in infos]
+  if not versions:
+    raise UserError(
+      f'task {name!r}: no prepared tfds dataset in {folder}; set '
+      "DataConfig.tfds_data_dir, or use task 'c4_json' with C4's json.gz "
+      'shards'
+    )
+  return str(max(tfds.core.Version(version) for version in versions))
+
+
+def _tfds(
+  name: str, dataset: str, splits: dict[str, str], config: DataConfig
+) -> Corpus:
+  version = tfds_version(name, dataset, config)
+  source = seqio.TfdsDataSource(
+    tfds_name=f'{dataset}:{version}',
+    tfds_data_dir=config.tfds_data_dir,
+    splits=splits,
+    read_only=True,
+  )
+  prepared = source.tfds_dataset.info.splits
+  for split in splits.values():
+    if split.split('[')[0] not in prepared:
+      raise UserError(
+        f'task {name!r}: {dataset}:{version} has no split {split!r} (it has '
+        f'{", ".join(prepared)})'
+      )
+
+  def documents(split: str) -> Iterator[str]:
+    examples = source.get_dataset(split, shuffle=False)
+    for example in examples.as_numpy_iterator():
+      yield example['text'].decode()
+
+  counts = {
+    split: prepared[tfds_split].num_examples
+    for split, tfds_split in splits.items()
+  }
+  return Corpus(
+    source=source,
+    documents=documents,
+    fingerprint={'tfds': f'{dataset}:{version}', 'documents': counts},
+  )

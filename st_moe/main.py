@@ -1,0 +1,353 @@
+"""The command line: `st_moe COMMAND`, gin files, and how errors end.
+
+gin is used here and nowhere else, and of gin only the parser. Every statement
+binds a field of a dataclass in config.py or a macro; imports and references
+are refused. So a gin file is data, wherever it comes from: nothing in it can
+import or call anything, and no global state is left behind. Names, macros and
+types are checked against the dataclasses, with the file and line.
+
+Exit status: 0 done; 2 the user's input is wrong; 3 the run stopped itself;
+130 interrupted; anything else is our bug.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import tokenize
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from gin import config_parser
+
+from st_moe import arguments, gin_files
+from st_moe.bindings import (
+  Binding,
+  Macro,
+  Resolver,
+  flatten,
+  inside,
+  operative_config,
+)
+from st_moe.config import DataConfig, RunConfig
+from st_moe.errors import RunStopped, UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """`@name` or `@name()` as a value: always refused."""
+
+  name: str
+
+
+class _Names(config_parser.ParserDelegate):
+  """Keeps references and macros as names: nothing is looked up or called."""
+
+  def configurable_reference(self, name, evaluate):
+    return Reference(name)
+
+  def macro(self, name):
+    return Macro(name)
+
+
+def _parse(text: str) -> Iterator[Any]:
+  """Yields gin statements; raises SyntaxError with a line number."""
+  try:
+    parser = config_parser.ConfigParser(text, _Names())
+    while statement := parser.parse_statement():
+      yield statement
+  except tokenize.TokenError as e:
+    raise SyntaxError(e.args[0], (None, e.args[1][0], None, None)) from None
+  # gin runs out of tokens, or meets a name that is none, or nests too deep.
+  except (StopIteration, ValueError, RecursionError) as e:
+    raise SyntaxError(str(e), (None, None, None, None)) from None
+
+
+def _binding(name: str, value: Any, where: str) -> Binding:
+  for reference in inside(value, Reference):
+    raise UserError(
+      f'{where}: the reference @{reference.name} is refused: a configuration '
+      'holds values and %MACROS only'
+    )
+  return Binding(name, value, where)
+
+
+def read_file(path: Path, chain: tuple[Path, ...] = ()) -> list[Binding]:
+  """Reads a gin file and what it includes, in order.
+
+  Raises:
+    UserError: with file and line, for what is not gin or not data.
+  """
+  if path in chain:
+    raise UserError(
+      f'{gin_files.shown(chain[-1])} includes {gin_files.shown(path)}: a circle'
+    )
+  bindings = []
+  try:
+    for statement in _parse(path.read_text(encoding='utf-8')):
+      where = f'{gin_files.shown(path)}:{statement.location.line_num}'
+      if isinstance(statement, config_parser.IncludeStatement):
+        included = gin_files.find(statement.filename, included_by=path)
+        bindings += read_file(included, (*chain, path))
+      elif isinstance(statement, config_parser.ImportStatement):
+        raise UserError(
+          f'{where}: `{statement.format()}` is refused: a configuration holds '
+          'values only and imports nothing'
+        )
+      elif isinstance(statement, config_parser.BindingStatement):
+        scope = f'{statement.scope}/' if statement.scope else ''
+        field = f'.{statement.arg_name}' if statement.arg_name else ''
+        name = f'{scope}{statement.selector}{field}'
+        bindings.append(_binding(name, statement.value, where))
+  except SyntaxError as e:
+    line = f':{e.lineno}' if e.lineno else ''
+    raise UserError(
+      f'{gin_files.shown(path)}{line}: not gin; write NAME = VALUE, strings '
+      'in quotes'
+    ) from e
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(f'cannot read {gin_files.shown(path)}: {e}') from e
+  return bindings
+
+
+def parse_flag(text: str) -> Binding:
+  """Reads 'NAME=VALUE' of `--gin.NAME=VALUE`.
+
+  What is no gin value is a string: `--gin.TASK=docstrings`.
+  """
+  name, equals, value_text = text.partition('=')
+  if not equals or not name:
+    raise UserError(f'--gin.{name} needs a value: --gin.{name}=VALUE')
+  try:
+    (statement,) = _parse(f'value = {value_text}')
+    value = statement.value
+  except (SyntaxError, ValueError):
+    value = value_text
+  return _binding(name, value, f'--gin.{name}')
+
+
+def read_bindings(
+  files: Sequence[str], flags: Sequence[Binding] = (), seed: int | None = None
+) -> list[Binding]:
+  """Returns all that files, then flags, then --seed bind; later ones win."""
+  bindings = [b for name in files for b in read_file(gin_files.find(name))]
+  bindings += flags
+  if seed is not None:
+    bindings.append(Binding('RunConfig.seed', seed, '--seed'))
+  return bindings
+
+
+def load_config(
+  files: Sequence[str], flags: Sequence[Binding] = (), seed: int | None = None
+) -> RunConfig:
+  """Builds a run's configuration from gin files and command-line bindings.
+
+  Raises:
+    UserError: one line that names what is wrong, and where.
+  """
+  return Resolver(read_bindings(files, flags, seed)).run_config()
+
+
+# Commands
+
+
+def _program() -> list[str]:
+  """Returns what the user typed before the command, to be typed again."""
+  program = Path(sys.argv[0])
+  if program.parts[-2:] == ('st_moe', '__main__.py'):
+    return [sys.executable, '-m', 'st_moe']
+  return [sys.argv[0]] if program.name == 'st_moe' else ['st_moe']
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+  workdir = Path(args.workdir)
+  resumed = workdir / 'config.gin'
+  if not args.gin_file and resumed.is_file():
+    args.gin_file = [str(resumed)]
+  if not args.gin_file:
+    raise UserError(
+      'pretrain needs --gin_file=FILE, for example '
+      '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
+    )
+  bindings = read_bindings(args.gin_file, args.gin_bindings, args.seed)
+  if not any(b.name.startswith('ModelConfig.') for b in bindings):
+    raise UserError(
+      'no model is configured; add --gin_file=gin_configs/models/NAME.gin '
+      'before the run file; see `st_moe config list`'
+    )
+  config = Resolver(bindings).run_config()
+  _quiet_libraries(args.debug)
+  from st_moe import train
+
+  train.pretrain(
+    config,
+    workdir,
+    operative_config=operative_config(config),
+    command=[*_program(), *args.argv],
+    allow_config_change=args.allow_config_change,
+  )
+
+
+def _data_config(args: argparse.Namespace) -> DataConfig:
+  """Returns what to read: text files named on the command line, or gin's."""
+  flags = [*args.gin_bindings]
+  if args.files:
+    flags.append(Binding('DataConfig.task', 'text', 'FILE'))
+    flags.append(Binding('DataConfig.files', tuple(args.files), 'FILE'))
+  config = load_config(args.gin_file, flags, args.seed).data
+  _quiet_libraries(args.debug)
+  return config
+
+
+def _vocab(args: argparse.Namespace) -> None:
+  config = _data_config(args)
+  size = config.auto_vocabulary_size if args.size is None else args.size
+  from st_moe.data.commands import vocab_command
+
+  vocab_command(config, Path(args.output), size)
+
+
+def _cache(args: argparse.Namespace) -> None:
+  config = _data_config(args)
+  from st_moe.data.commands import cache_command
+
+  shards = {} if args.num_shards is None else {'num_shards': args.num_shards}
+  cache_command(config, Path(args.output), shard=args.shard, **shards)
+
+
+def _config_list() -> None:
+  """Prints the package's gin files, each with its first comment line."""
+  names = gin_files.names()
+  width = max(map(len, names))
+  for group in ('runs', 'models', 'ablations'):
+    for name in names:
+      if name.startswith(f'gin_configs/{group}/'):
+        path = gin_files.GIN_ROOT.parent / name
+        first = path.read_text(encoding='utf-8').splitlines()[0]
+        print(f'{name:{width}}  {first.lstrip("# ")}')
+
+
+def _config_diff(args: argparse.Namespace) -> None:
+  """Prints the fields in which two configurations differ."""
+  old, new = (
+    flatten(load_config([*args.gin_file, name], args.gin_bindings, args.seed))
+    for name in args.files
+  )
+  for name, value in old.items():
+    if value != new[name]:
+      print(f'{name}: {value!r} -> {new[name]!r}')
+
+
+def _config(args: argparse.Namespace) -> None:
+  actions = ('list', 'show', 'diff')
+  if args.action not in actions:
+    raise UserError(
+      f'config has no action {args.action} (only {", ".join(actions)})'
+      f'{did_you_mean(args.action, actions)}'
+    )
+  expected = {'list': args.files == [], 'diff': len(args.files) == 2}
+  if not expected.get(args.action, True):
+    wants = 'no files' if args.action == 'list' else 'two gin files'
+    raise UserError(
+      f'config {args.action} takes {wants}, got {len(args.files)}'
+    )
+  if args.action == 'list':
+    _config_list()
+  elif args.action == 'diff':
+    _config_diff(args)
+  else:
+    files = args.gin_file + args.files
+    config = load_config(files, args.gin_bindings, args.seed)
+    print(operative_config(config), end='')
+
+
+# Start and end
+
+
+def _quiet_libraries(debug: bool) -> None:
+  """Shows our own log lines, and of the libraries' only errors."""
+  logging.basicConfig(format='%(message)s', level=logging.WARNING)
+  logging.getLogger('st_moe').setLevel(logging.INFO)
+  if debug:
+    return
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  import absl.logging
+
+  absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+  'pretrain': _pretrain,
+  'config': _config,
+  'vocab': _vocab,
+  'cache': _cache,
+}
+
+
+# What is not in the core installation, and the extra of setup.py that has it.
+_EXTRAS = {
+  'seqio': 'data',
+  'tensorflow': 'data',
+  'tensorflow_datasets': 'data',
+  'tensorflow_text': 'data',
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one command; returns the exit status."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  try:
+    args = arguments.parse(argv)
+    args.argv = argv
+    args.gin_bindings = [parse_flag(text) for text in args.gin_bindings]
+    _COMMANDS[args.command](args)
+    sys.stdout.flush()
+    return 0
+  except UserError as e:
+    if '--debug' in argv:
+      traceback.print_exc()
+    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
+    return 2
+  except ModuleNotFoundError as e:
+    if e.name not in _EXTRAS:
+      raise
+    print(
+      f'error: {e.name} is not installed; pip install '
+      f"'st_moe[{_EXTRAS[e.name]}]', or train from a cache made elsewhere",
+      file=sys.stderr,
+    )
+    return 2
+  except RunStopped as e:
+    print(f'stopped: {e}', file=sys.stderr)
+    return 3
+  except KeyboardInterrupt:
+    print('interrupted', file=sys.stderr)
+    return 130
+  except BrokenPipeError:  # `st_moe config show ... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+# glibc returns every block above 32 MiB to the kernel and pays for fresh pages
+# at the next step. Keeping them makes an MoE step on CPU about a fifth faster;
+# huge pages a little more. glibc reads these when a process starts.
+_HEAP = {
+  'MALLOC_MMAP_THRESHOLD_': str(4 << 30),
+  'MALLOC_TRIM_THRESHOLD_': str(16 << 30),
+  'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+}
+
+
+def run() -> None:
+  """The console script: sets the heap up for training, then `main`."""
+  trains = sys.argv[1:2] == ['pretrain'] and '--help' not in sys.argv
+  on_cpu = os.environ.get('JAX_PLATFORMS', 'cpu') == 'cpu'
+  if sys.platform == 'linux' and trains and on_cpu:
+    unset = {k: v for k, v in _HEAP.items() if k not in os.environ}
+    if 'MALLOC_MMAP_THRESHOLD_' in unset:
+      # The same process again: same id, same arguments.
+      os.execve(sys.executable, sys.orig_argv, os.environ | unset)
+  sys.exit(main())

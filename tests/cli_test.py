@@ -1,0 +1,359 @@
+"""The command line: what a user types, sees, and gets as exit status."""
+
+import os
+import resource
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import st_moe
+from st_moe import gin_files
+from st_moe.bindings import operative_config
+from st_moe.config import RunConfig
+from st_moe.errors import RunStopped, UserError
+from st_moe.main import load_config, main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def error(capsys):
+  """Runs a command that must fail; returns its one line without 'error: '."""
+
+  def run(*argv: str) -> str:
+    capsys.readouterr()
+    assert main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ''
+    assert err.startswith('error: ') and err.count('\n') == 1, err
+    return err.removeprefix('error: ').removesuffix('\n')
+
+  return run
+
+
+@pytest.fixture
+def trained(monkeypatch):
+  """Replaces training; returns the calls, each as its arguments."""
+  calls = []
+
+  def pretrain(config, workdir, **more):
+    calls.append({'config': config, 'workdir': workdir, **more})
+
+  stub = types.SimpleNamespace(pretrain=pretrain)
+  monkeypatch.setitem(sys.modules, 'st_moe.train', stub)
+  monkeypatch.setattr(st_moe, 'train', stub, raising=False)
+  return calls
+
+
+def write(name: str, text: str) -> str:
+  Path(name).write_text(text)
+  return name
+
+
+def load(text: str) -> RunConfig:
+  return load_config([write('run.gin', text)])
+
+
+# Starting
+
+
+@pytest.mark.parametrize('command', [[], ['pretrain']])
+def test_help_answers_in_under_a_second(command):
+  before = resource.getrusage(resource.RUSAGE_CHILDREN)
+  result = subprocess.run(
+    [sys.executable, '-m', 'st_moe', *command, '--help'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  after = resource.getrusage(resource.RUSAGE_CHILDREN)
+  assert result.returncode == 0
+  assert 'usage: st_moe' in result.stdout
+  # Processor time: other work on the machine does not count.
+  spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+  assert spent < 1.0
+
+
+def test_a_wrong_command_line_ends_a_process_with_2_and_one_line():
+  result = subprocess.run(
+    [sys.executable, '-m', 'st_moe', 'config', 'show', '--gin.STPES=60'],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 2
+  assert result.stdout == ''
+  assert result.stderr == 'error: --gin.STPES: nothing reads macro STPES\n'
+
+
+def test_output_into_a_closed_pipe_is_no_error():
+  result = subprocess.run(
+    f'{sys.executable} -m st_moe config show | head -1',
+    shell=True,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert result.stdout.startswith('# Every setting of a run')
+  assert result.stderr == ''
+
+
+def test_pretrain_starts_again_with_the_heap_set_up_once(monkeypatch):
+  from st_moe import main as module
+
+  executed = []
+  monkeypatch.setattr(sys, 'argv', ['st_moe', 'pretrain', '--workdir=w'])
+  monkeypatch.setattr(sys, 'platform', 'linux')
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  monkeypatch.delenv('MALLOC_MMAP_THRESHOLD_', raising=False)
+  monkeypatch.setenv('GLIBC_TUNABLES', 'mine')
+  monkeypatch.setattr(os, 'execve', lambda *args: executed.append(args))
+  monkeypatch.setattr(module, 'main', lambda: 0)
+  with pytest.raises(SystemExit):
+    module.run()
+  ((program, arguments, environment),) = executed
+  assert (program, arguments) == (sys.executable, sys.orig_argv)
+  assert environment['MALLOC_MMAP_THRESHOLD_'] == str(4 << 30)
+  assert environment['GLIBC_TUNABLES'] == 'mine'
+  # The second time the variable is set, and the command runs.
+  monkeypatch.setenv('MALLOC_MMAP_THRESHOLD_', '1')
+  with pytest.raises(SystemExit):
+    module.run()
+  assert len(executed) == 1
+
+
+# Words on the command line
+
+
+@pytest.mark.parametrize(
+  'argv, message',
+  [
+    ([], 'no command (one of pretrain, config'),
+    (['pretran'], 'unknown command pretran (one of '),
+    (['pretran'], '; did you mean pretrain?'),
+    (['--seed', '1'], 'unknown command --seed (one of '),
+    (['pretrain', '--gin_file=x'], 'required: --workdir'),
+    (
+      ['pretrain', '--workdir=w', '--wrkdir=w'],
+      'pretrain has no argument --wrkdir; did you mean --workdir?',
+    ),
+    (['pretrain', '--workdir=w', '--seed=x'], "invalid int value: 'x'"),
+    (['pretrain', '--workdir=w', '--gin.STEPS'], '--gin.STEPS needs a value'),
+    (['pretrain', '--workdir=w'], 'pretrain needs --gin_file=FILE'),
+    (
+      ['pretrain', '--workdir=w', '--gin_file=runs/evaluate.gin'],
+      'no model is configured; add --gin_file=gin_configs/models/NAME.gin',
+    ),
+    (['config'], 'required: list|show|diff'),
+    (['config', 'shwo'], 'config has no action shwo (only list, show, diff)'),
+    (['config', 'diff', 'a.gin'], 'config diff takes two gin files, got 1'),
+    (['config', 'list', 'a.gin'], 'config list takes no files, got 1'),
+  ],
+)
+def test_a_wrong_word_names_itself_and_the_way_out(error, argv, message):
+  assert message in error(*argv)
+
+
+def test_debug_shows_the_traceback_and_the_same_line(capsys):
+  assert main(['config', 'show', '--gin.STPES=1', '--debug']) == 2
+  err = capsys.readouterr().err
+  assert 'Traceback' in err
+  assert err.endswith('error: --gin.STPES: nothing reads macro STPES\n')
+
+
+@pytest.mark.parametrize(
+  'raised, status, line',
+  [
+    (UserError('the file\n is gone'), 2, 'error: the file is gone\n'),
+    (RunStopped('10 steps were not finite'), 3, 'stopped: 10 steps'),
+    (KeyboardInterrupt(), 130, 'interrupted\n'),
+  ],
+)
+def test_exit_statuses(monkeypatch, capsys, raised, status, line):
+  def pretrain(*args, **kwargs):
+    raise raised
+
+  stub = types.SimpleNamespace(pretrain=pretrain)
+  monkeypatch.setitem(sys.modules, 'st_moe.train', stub)
+  monkeypatch.setattr(st_moe, 'train', stub, raising=False)
+  argv = ['pretrain', '--gin_file=runs/quickstart.gin', '--workdir=w']
+  assert main(argv) == status
+  assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_missing_extra_is_named(monkeypatch, error):
+  def pretrain(*args, **kwargs):
+    raise ModuleNotFoundError(name='seqio')
+
+  stub = types.SimpleNamespace(pretrain=pretrain)
+  monkeypatch.setitem(sys.modules, 'st_moe.train', stub)
+  monkeypatch.setattr(st_moe, 'train', stub, raising=False)
+  message = error('pretrain', '--gin_file=runs/quickstart.gin', '--workdir=w')
+  assert message.startswith(
+    "seqio is not installed; pip install 'st_moe[data]'"
+  )
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch):
+  def pretrain(*args, **kwargs):
+    raise ZeroDivisionError
+
+  stub = types.SimpleNamespace(pretrain=pretrain)
+  monkeypatch.setitem(sys.modules, 'st_moe.train', stub)
+  monkeypatch.setattr(st_moe, 'train', stub, raising=False)
+  with pytest.raises(ZeroDivisionError):
+    main(['pretrain', '--gin_file=runs/quickstart.gin', '--workdir=w'])
+
+
+def test_the_resume_command_can_be_typed(trained, monkeypatch):
+  argv = ['pretrain', '--gin_file=runs/quickstart.gin', '--workdir=w']
+  for program, typed in (
+    ('/x/st_moe/__main__.py', [sys.executable, '-m', 'st_moe']),
+    ('.venv/bin/st_moe', ['.venv/bin/st_moe']),
+  ):
+    monkeypatch.setattr(sys, 'argv', [program])
+    assert main(argv) == 0
+    assert trained[-1]['command'] == [*typed, *argv]
+
+
+# pretrain
+
+
+def test_pretrain_hands_over_configuration_and_command(trained):
+  argv = [
+    'pretrain',
+    '--gin_file=gin_configs/runs/quickstart.gin',
+    '--gin.STEPS=60',
+    '--workdir=runs/a',
+    '--seed=7',
+  ]
+  assert main(argv) == 0
+  (call,) = trained
+  config = call.pop('config')
+  assert (config.steps, config.seed, config.data.task) == (60, 7, 'docstrings')
+  assert call == {
+    'workdir': Path('runs/a'),
+    'operative_config': operative_config(config),
+    'command': ['st_moe', *argv],
+    'allow_config_change': False,
+  }
+
+
+def test_pretrain_goes_on_from_the_work_directory_alone(trained):
+  config = load('ModelConfig.d_model = 64\nRunConfig.steps = 5')
+  Path('w').mkdir()
+  write('w/config.gin', operative_config(config))
+  assert main(['pretrain', '--workdir=w']) == 0
+  assert trained[0]['config'] == config
+
+
+def test_a_config_beside_a_checkpoint_runs_nothing(error):
+  Path('w').mkdir()
+  write(
+    'w/config.gin',
+    'from __gin__ import dynamic_registration\nimport os\n'
+    "os.system.command = 'touch broken_in'\nRunConfig.steps = @os.system()\n",
+  )
+  assert 'is refused' in error('pretrain', '--workdir=w')
+  assert not Path('broken_in').exists()
+
+
+# vocab and cache
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+  """Replaces what reads text; returns the calls."""
+  calls = []
+  stub = types.SimpleNamespace(
+    vocab_command=lambda config, output, size: calls.append(
+      (config, output, size)
+    ),
+    cache_command=lambda config, output, **more: calls.append(
+      (config, output, more)
+    ),
+  )
+  monkeypatch.setitem(sys.modules, 'st_moe.data.commands', stub)
+  return calls
+
+
+def test_vocab_reads_the_files_that_are_named(prepared):
+  argv = ['vocab', 'a.txt', 'b.txt', '--size=800', '--output=my.model']
+  assert main(argv) == 0
+  ((config, output, size),) = prepared
+  assert (config.task, config.files) == ('text', ('a.txt', 'b.txt'))
+  assert (output, size) == (Path('my.model'), 800)
+
+
+def test_vocab_takes_task_and_size_from_gin(prepared):
+  argv = ['vocab', '--gin_file=runs/quickstart.gin', '--output=my.model']
+  assert main(argv) == 0
+  ((config, _, size),) = prepared
+  assert (config.task, size) == ('docstrings', config.auto_vocabulary_size)
+
+
+def test_cache_hands_over_its_flags(prepared):
+  argv = ['cache', 'a.txt', '--output=c', '--gin.DataConfig.vocabulary=byte']
+  assert main(argv) == 0
+  assert main([*argv, '--num_shards=4', '--shard=0/2']) == 0
+  assert [(c.vocabulary, output, more) for c, output, more in prepared] == [
+    ('byte', Path('c'), {'shard': None}),
+    ('byte', Path('c'), {'shard': '0/2', 'num_shards': 4}),
+  ]
+
+
+# config
+
+
+def test_config_list_names_every_file_with_its_line(capsys):
+  assert main(['config', 'list']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == len(list(gin_files.GIN_ROOT.rglob('*.gin')))
+  assert any(
+    line.startswith('gin_configs/models/st_moe_l.gin ')
+    and 'ST-MoE-L: 4.1 billion parameters' in line
+    for line in lines
+  )
+
+
+def test_config_show_alone_gives_the_same_configuration(capsys):
+  # Odd values of every kind survive being written and read.
+  text = (
+    "DataConfig.files = ('it\\'s\\n%a @b.txt', 'é')\n"
+    'OptimizerConfig.epsilon1 = 1e-30\nMeshConfig.data = -1\n'
+    'OptimizerConfig.max_grad_norm = None\n'
+    "RouterConfig.preset = 't5x'\nModelConfig.sparse_placement = 2\n"
+    "decoder/RouterConfig.word_embedding = 'add'\n"
+    "ModelConfig.mlp_activations = ('relu',)\nRunConfig.tensorboard = False"
+  )
+  config = load(text)
+  assert main(['config', 'show', 'run.gin']) == 0
+  shown = capsys.readouterr().out
+  assert load_config([write('shown.gin', shown)]) == config
+  # Complete: no field is left to a default that may change.
+  assert 'MeshConfig.model = 1' in shown
+  assert 'encoder/RouterConfig.train_capacity_factor = 1.25' in shown
+
+
+def test_config_diff_prints_what_differs(capsys):
+  write('a.gin', 'RunConfig.steps = 1')
+  write('b.gin', "RunConfig.steps = 2\nRouterConfig.preset = 't5x'")
+  assert (
+    main(['config', 'diff', 'a.gin', 'a.gin', '--gin.RunConfig.seed=3']) == 0
+  )
+  assert capsys.readouterr().out == ''
+  assert main(['config', 'diff', 'a.gin', 'b.gin']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == 'RunConfig.steps: 1 -> 2'
+  assert (
+    "decoder/RouterConfig.gate_normalization: 'before_drop' -> 'none'" in lines
+  )
+  assert not any(line.startswith('ModelConfig') for line in lines)

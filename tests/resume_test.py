@@ -1,0 +1,213 @@
+"""An interrupted run ends where an unbroken one ends, bit for bit."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from st_moe import train
+from st_moe.config import (
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  OptimizerConfig,
+  RouterConfig,
+  RunConfig,
+)
+from st_moe.errors import RunStopped
+
+ROUTER = RouterConfig(group_size=64)  # second choices are drawn at random
+CONFIG = RunConfig(
+  model=ModelConfig(
+    vocab_size=384,
+    d_model=16,
+    d_ff=32,
+    d_kv=8,
+    num_heads=2,
+    num_encoder_layers=2,
+    num_decoder_layers=2,
+    num_experts=4,
+    sparse_every=2,
+    encoder_router=ROUTER,
+    decoder_router=ROUTER,
+    dropout_rate=0.1,
+  ),
+  optimizer=OptimizerConfig(schedule='constant', learning_rate=0.01),
+  mesh=MeshConfig(data=2, expert=2, model=2),
+  batch_size=8,
+  steps=12,
+  log_every=4,
+  eval_every=6,
+  eval_batches=2,
+  checkpoint_every=5,
+  unigram_batches=2,
+  num_samples=1,
+)
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  path = tmp_path_factory.mktemp('corpus') / 'text.txt'
+  rng = random.Random(0)
+  words = ['the', 'router', 'sends', 'each', 'token', 'to', 'experts']
+  path.write_text(
+    ''.join(' '.join(rng.choices(words, k=40)) + '\n' for _ in range(300))
+  )
+  return path
+
+
+def config_for(corpus, **changes):
+  data = DataConfig(
+    task='text',
+    files=str(corpus),
+    vocabulary='byte',
+    inputs_length=32,
+    targets_length=16,
+    holdout_every=10,
+  )
+  return dataclasses.replace(CONFIG, data=data, **changes)
+
+
+def pretrain(config, workdir):
+  train.pretrain(
+    config, workdir, operative_config='', command=['st_moe', 'pretrain']
+  )
+
+
+def final_parameters(workdir):
+  """Returns the last step and its arrays, read by orbax alone."""
+  steps = [p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()]
+  last = max(steps, key=lambda path: int(path.name))
+  with ocp.StandardCheckpointer() as reader:
+    return int(last.name), reader.restore(last.absolute() / 'params')
+
+
+def loss_lines(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [line for line in lines if '"loss"' in line or '"eval/loss"' in line]
+
+
+def assert_same_run(a, b):
+  step_a, params_a = final_parameters(a)
+  step_b, params_b = final_parameters(b)
+  assert step_a == step_b
+  jax.tree.map(np.testing.assert_array_equal, params_a, params_b)
+  assert loss_lines(a) == loss_lines(b)
+
+
+def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
+  corpus, tmp_path, monkeypatch, capsys
+):
+  config = config_for(corpus)
+  pretrain(config, tmp_path / 'whole')
+  steps = [json.loads(line)['step'] for line in loss_lines(tmp_path / 'whole')]
+  assert steps == [4, 6, 8, 12, 12]
+
+  shard_batch = train.partitioning.shard_batch
+  calls = iter(range(1, 1000))
+
+  def stop_at_seven(batch, mesh):
+    if 'text_weights' not in batch and next(calls) == 7:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return shard_batch(batch, mesh)
+
+  monkeypatch.setattr(train.partitioning, 'shard_batch', stop_at_seven)
+  pretrain(config, tmp_path / 'broken')
+  assert 'SIGTERM: saved step 7; resume with:' in capsys.readouterr().out
+  assert not (tmp_path / 'broken' / 'summary.json').exists()
+  monkeypatch.undo()
+  pretrain(config, tmp_path / 'broken')
+  assert_same_run(tmp_path / 'whole', tmp_path / 'broken')
+  summary = json.loads((tmp_path / 'broken' / 'summary.json').read_text())
+  assert summary['step'] == 12
+  assert {
+    'eval/neg_log_perplexity',
+    'eval/unigram_neg_log_perplexity',
+    'tokens_per_second',
+  } <= set(summary)
+  # Starting a finished run again changes nothing.
+  pretrain(config, tmp_path / 'broken')
+  assert_same_run(tmp_path / 'whole', tmp_path / 'broken')
+
+
+def test_the_run_stops_itself_when_steps_stay_non_finite(
+  corpus, tmp_path, caplog
+):
+  config = config_for(
+    corpus,
+    optimizer=OptimizerConfig(schedule='constant', learning_rate=1e30),
+    max_nonfinite_steps=3,
+  )
+  with pytest.raises(RunStopped, match='3 steps in a row up to step'):
+    pretrain(config, tmp_path)
+  assert 'step skipped, state unchanged (1 in a row' in caplog.text
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments_from_the_command_line(corpus, tmp_path):
+  """Real processes, reading a cache: no TensorFlow, quick to start."""
+
+  def st_moe(*args):
+    return [sys.executable, '-m', 'st_moe', *args]
+
+  env = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': os.getcwd()}
+  settings = [
+    '--gin_file=models/tiny.gin',
+    '--gin_file=runs/pretrain.gin',
+    '--gin.LEARNING_RATE=0.01',
+    '--gin.STEPS=24',
+    '--gin.BATCH_SIZE=4',
+    '--gin.ModelConfig.d_model=32',
+    '--gin.ModelConfig.num_encoder_layers=2',
+    '--gin.ModelConfig.num_decoder_layers=2',
+    '--gin.ModelConfig.sparse_every=2',
+    '--gin.RunConfig.log_every=3',
+    '--gin.RunConfig.eval_every=12',
+    '--gin.RunConfig.eval_batches=1',
+    '--gin.RunConfig.checkpoint_every=4',
+    '--gin.DataConfig.vocabulary=byte',
+    '--gin.DataConfig.inputs_length=32',
+    '--gin.DataConfig.targets_length=16',
+    '--gin.DataConfig.holdout_every=10',
+  ]
+  cache = tmp_path / 'cache'
+  subprocess.run(
+    st_moe(
+      'cache',
+      *settings,
+      '--gin.TASK=text',
+      f'--gin.DataConfig.files={corpus}',
+      f'--output={cache}',
+    ),  # fmt: skip
+    check=True,
+    env=env,
+  )
+  settings += ['--gin.TASK=cache', f'--gin.DataConfig.cache_dir={cache}']
+
+  def command(workdir):
+    return st_moe('pretrain', *settings, f'--workdir={workdir}')
+
+  subprocess.run(command(tmp_path / 'whole'), check=True, env=env)
+  rng = random.Random(0)
+  kills = 0
+  while not (tmp_path / 'broken' / 'summary.json').exists():
+    child = subprocess.Popen(command(tmp_path / 'broken'), env=env)
+    try:
+      child.wait(timeout=rng.uniform(4, 14) if kills < 3 else None)
+      assert child.returncode == 0
+    except subprocess.TimeoutExpired:
+      child.kill()
+      child.wait()
+      kills += 1
+      time.sleep(0.1)
+  assert kills
+  assert_same_run(tmp_path / 'whole', tmp_path / 'broken')

@@ -1,0 +1,143 @@
+"""One device, eight with Auto axes and eight with Explicit axes agree.
+
+Loss, metrics and gradients of a training step, with its dropout and its
+random routing: noise is drawn by position, not by device.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import (
+  ROUTER,
+  abstract_boxes,
+  assert_trees_close,
+  init_params,
+  loss_and_gradients,
+  tiny_batch,
+  tiny_config,
+)
+
+from st_moe import decoding, partitioning
+from st_moe.config import MeshConfig
+from st_moe.errors import UserError
+from st_moe.stacking import stack_layers
+
+NOISY = dataclasses.replace(ROUTER, train_choice_policy='random', jitter=0.1)
+CONFIGS = {
+  'dense': tiny_config(num_experts=0, dropout_rate=0.1, tie_embeddings=True),
+  'sparse': tiny_config(
+    NOISY, dropout_rate=0.1, attention_z_loss_weight=0.1, dispatch='gather'
+  ),
+  'scanned': tiny_config(
+    NOISY,
+    num_encoder_layers=4,
+    dispatch='einsum',
+    scan_layers=True,
+    remat_policy='full',
+  ),
+}
+# Name of the model, mesh (data, expert, model), FSDP.
+CASES = [
+  ('dense', (4, 1, 2), True),
+  ('dense', (1, 8, 1), False),
+  ('sparse', (2, 2, 2), False),
+  ('sparse', (2, 4, 1), True),
+  ('scanned', (2, 2, 2), True),
+]
+
+
+def rngs():
+  return {'dropout': jax.random.key(1), 'router': jax.random.key(2)}
+
+
+def parameters(name):
+  config = CONFIGS[name]
+  if not config.scan_layers:
+    return init_params(config)
+  return stack_layers(
+    init_params(dataclasses.replace(config, scan_layers=False)), config
+  )
+
+
+@functools.cache
+def on_one_device(name):
+  return loss_and_gradients(
+    CONFIGS[name], parameters(name), tiny_batch(), rngs()
+  )
+
+
+def place(name, mesh, mesh_config):
+  boxes = abstract_boxes(CONFIGS[name])
+  shardings = partitioning.tree_shardings(
+    partitioning.unbox(boxes),
+    partitioning.logical_axes(boxes),
+    mesh,
+    mesh_config,
+  )
+  return jax.device_put(parameters(name), shardings)
+
+
+def make_mesh(shape, axis_types, fsdp):
+  data, expert, model = shape
+  mesh_config = MeshConfig(
+    data=data,
+    expert=expert,
+    model=model,
+    axis_types=axis_types,
+    fsdp_dense=fsdp,
+    fsdp_experts=fsdp,
+  )
+  return mesh_config, partitioning.make_mesh(mesh_config)
+
+
+@pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
+@pytest.mark.parametrize('name, shape, fsdp', CASES)
+def test_eight_devices_equal_one(name, shape, fsdp, axis_types):
+  mesh_config, mesh = make_mesh(shape, axis_types, fsdp)
+  params = place(name, mesh, mesh_config)
+  with partitioning.use_mesh(mesh):
+    batch = partitioning.shard_batch(tiny_batch(), mesh)
+    (_, metrics), gradients = loss_and_gradients(
+      CONFIGS[name], params, batch, rngs()
+    )
+  (_, expected_metrics), expected_gradients = on_one_device(name)
+  assert_trees_close(metrics, expected_metrics)
+  assert_trees_close(gradients, expected_gradients)
+  if axis_types == 'explicit':  # gradients are where their parameters are
+    for gradient, param in zip(
+      jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True
+    ):
+      assert gradient.sharding.is_equivalent_to(param.sharding, param.ndim)
+
+
+@pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
+@pytest.mark.parametrize('name', ['sparse', 'scanned'])
+def test_decoding_on_eight_devices_equals_one(name, axis_types):
+  inputs = tiny_batch()['encoder_input_tokens']
+  generate = functools.partial(
+    decoding.generate,
+    CONFIGS[name],
+    max_length=4,
+    method=decoding.Sampling(top_p=0.9),
+    rng=jax.random.key(0),
+  )
+  mesh_config, mesh = make_mesh((2, 2, 2), axis_types, True)
+  params = place(name, mesh, mesh_config)
+  with partitioning.use_mesh(mesh):
+    batch = partitioning.shard_batch({'inputs': inputs}, mesh)
+    sharded = generate(params, batch['inputs'])
+  np.testing.assert_array_equal(sharded, generate(parameters(name), inputs))
+
+
+@pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
+def test_a_batch_that_does_not_divide_is_refused(axis_types):
+  mesh_config, mesh = make_mesh((8, 1, 1), axis_types, False)
+  params = place('dense', mesh, mesh_config)
+  with (
+    partitioning.use_mesh(mesh),
+    pytest.raises(UserError, match=r'batch .*\(6\) is not divisible by .* 8'),
+  ):
+    loss_and_gradients(CONFIGS['dense'], params, tiny_batch(rows=6))
