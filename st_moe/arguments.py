@@ -76,6 +76,22 @@ def _add_pretrain(subparsers: Any) -> _Parser:
   return command
 
 
+def _add_evaluate(subparsers: Any) -> _Parser:
+  command = _add_command(
+    subparsers,
+    'evaluate',
+    'score the checkpoints of a run on held-out text, its own or other',
+    '--workdir=runs/quickstart',
+  )
+  command.add_argument(
+    '--workdir', required=True, metavar='DIR', help='of the trained model'
+  )
+  command.add_argument(
+    '--step', type=int, help='of the checkpoint (default: the newest)'
+  )
+  return command
+
+
 def _add_config(subparsers: Any) -> _Parser:
   command = _add_command(
     subparsers,
@@ -140,6 +156,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
   subparsers = parser.add_subparsers(metavar='COMMAND')
   commands = {
     'pretrain': _add_pretrain(subparsers),
+    'evaluate': _add_evaluate(subparsers),
     'config': _add_config(subparsers),
     'vocab': _add_vocab(subparsers),
     'cache': _add_cache(subparsers),

@@ -308,7 +308,7 @@ class OptimizerConfig(Checked):
   # TensorFlow). True: one for each expert (T5X).
   experts_as_batch_axis: bool = False
 
-  # AdamW, and Adafactor's momentum (None: none, as in the paper).
+  # Momentum. None: none in Adafactor, as in the paper; 0.9 in AdamW.
   beta1: float | None = None
   beta2: float = 0.999
   epsilon: float = 1e-8

@@ -8,6 +8,7 @@ end-of-sequence, which are easy.
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +17,19 @@ import numpy as np
 from jax.sharding import Mesh
 
 from st_moe import losses, partitioning
+from st_moe.checkpoint import restore_params
 from st_moe.config import ModelConfig, RunConfig
+from st_moe.data.pipeline import open_data
 from st_moe.data.span_corruption import (
   MIN_SENTENCE_TOKENS,
   corrupt_sentence,
   model_features,
 )
 from st_moe.decoding import generate
-from st_moe.transformer import apply_model
+from st_moe.errors import UserError
+from st_moe.train_state import abstract_state, state_shardings
+from st_moe.transformer import EncoderDecoder, apply_model
+from st_moe.workdir import read_json, with_own_vocabulary, write_json
 
 
 def text_weights(batch: dict[str, np.ndarray], vocabulary: Any) -> np.ndarray:
@@ -204,3 +210,41 @@ def _until(ids: np.ndarray, eos_id: int) -> list[int]:
   """Returns the ids before the first end-of-sequence."""
   ids = ids.tolist()
   return ids[: ids.index(eos_id)] if eos_id in ids else ids
+
+
+def evaluate(config: RunConfig, workdir: Path, *, step: int | None) -> None:
+  """Scores a checkpoint of a run; prints the scores and keeps them as JSON.
+
+  Args:
+    config: the run's, perhaps with other data.
+    workdir: of the run; only `evaluation.json` is written.
+    step: of the checkpoint; None for the newest.
+
+  Raises:
+    UserError: no such checkpoint, or data that does not fit the model.
+  """
+  mesh = partitioning.make_mesh(config.mesh)
+  data = open_data(
+    with_own_vocabulary(config.data, workdir),
+    seed=config.seed,
+    cache_root=None,
+  )
+  trained = read_json(workdir / 'run.json')['data']
+  if data.fingerprint['vocabulary'] != trained['vocabulary']:
+    raise UserError(
+      f'the vocabulary {config.data.vocabulary} is not the one that the model '
+      f"in {workdir} was trained with; set DataConfig.vocabulary to the run's"
+    )
+  shapes = abstract_state(config, EncoderDecoder(config.model))
+  shardings = state_shardings(shapes, mesh, config.mesh)
+  abstract = shapes.with_shardings(shardings)
+  restored = restore_params(workdir, step, abstract.params)
+  scores: dict[str, Any] = {'step': restored.step, 'task': config.data.task}
+  scores |= Evaluator(config, data, mesh).losses(restored.params)
+  for name, value in scores.items():
+    print(
+      f'{name:36} {value:.4f}'
+      if isinstance(value, float)
+      else f'{name:36} {value}'
+    )
+  write_json(workdir / 'evaluation.json', scores)

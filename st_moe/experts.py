@@ -92,7 +92,10 @@ def dispatch(x: jax.Array, routing: Routing, backend: BackendName) -> jax.Array:
 
 
 def combine(y: jax.Array, routing: Routing, backend: BackendName) -> jax.Array:
-  """Sums, for each token, its slots weighted by its gates (in float32).
+  """Sums, for each token, its slots weighted by its gates.
+
+  Sums are in float32; einsum rounds the gates to y's dtype first, as the
+  released code does.
 
   Args:
     y: [E, G, C, D], what experts made of the buffers; groups placed as tokens.

@@ -191,6 +191,21 @@ def _pretrain(args: argparse.Namespace) -> None:
   )
 
 
+def _evaluate(args: argparse.Namespace) -> None:
+  workdir = Path(args.workdir)
+  if not (workdir / 'config.gin').is_file():
+    raise UserError(
+      f'{workdir} holds no run: it has no config.gin; give the --workdir of '
+      '`st_moe pretrain`'
+    )
+  files = [str(workdir / 'config.gin'), *args.gin_file]
+  config = load_config(files, args.gin_bindings, args.seed)
+  _quiet_libraries(args.debug)
+  from st_moe import evaluate
+
+  evaluate.evaluate(config, workdir, step=args.step)
+
+
 def _data_config(args: argparse.Namespace) -> DataConfig:
   """Returns what to read: text files named on the command line, or gin's."""
   flags = [*args.gin_bindings]
@@ -281,6 +296,7 @@ def _quiet_libraries(debug: bool) -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'pretrain': _pretrain,
+  'evaluate': _evaluate,
   'config': _config,
   'vocab': _vocab,
   'cache': _cache,

@@ -29,6 +29,7 @@ from st_moe.optimizer import learning_rate_schedule, make_optimizer
 from st_moe.report import write_report
 from st_moe.step_log import StepLog
 from st_moe.train_state import (
+  AbstractState,
   TrainState,
   abstract_state,
   create_state,
@@ -93,30 +94,36 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
       )
 
 
-def log_choices(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-  """Logs and returns what the run decided by itself: mesh and dispatch."""
-  platform = mesh.devices.flat[0].platform
-  choices: dict[str, Any] = {
+def describe_run(
+  config: RunConfig, shapes: AbstractState, mesh: Mesh
+) -> dict[str, Any]:
+  """Logs and returns what a run is: its size, its mesh, what it chose."""
+  device = mesh.devices.flat[0]
+  counts = parameter_counts(shapes)
+  description: dict[str, Any] = {
+    'parameters': counts,
     'mesh': dict(mesh.shape),
-    'device': mesh.devices.flat[0].device_kind,
+    'device': device.device_kind,
     'processes': jax.process_count(),
   }
+  log.info(
+    'parameters: %s in all, %s in experts',
+    f'{counts["total"]:,}',
+    f'{counts["expert"]:,}',
+  )
+  axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
+  log.info('mesh: %s on %s', axes, device.device_kind)
   if config.model.num_experts:
-    router = config.model.encoder_router
     backend = choose_backend(
       config.model.dispatch,
-      platform=platform,
-      group_tokens=router.group_size or config.data.inputs_length,
+      platform=device.platform,
+      group_tokens=config.model.encoder_router.group_size
+      or config.data.inputs_length,
       d_ff=config.model.expert_d_ff or config.model.d_ff,
     )
-    choices['dispatch'] = backend.name
+    description['dispatch'] = backend.name
     log.info('dispatch: %s (%s)', backend.name, backend.reason)
-  log.info(
-    'mesh: %s on %s',
-    ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items()),
-    choices['device'],
-  )
-  return choices
+  return description
 
 
 class StopSignals:
@@ -171,6 +178,28 @@ class Trainer:
     )
 
 
+def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+  """Returns the shapes of a training batch, as the data path makes it."""
+  stacks = {
+    'encoder': ('input_tokens',),
+    'decoder': ('input_tokens', 'target_tokens', 'loss_weights'),
+  }
+  packed = ('segment_ids', 'positions') if config.data.pack else ()
+  lengths = {
+    'encoder': config.data.inputs_length,
+    'decoder': config.data.targets_length,
+  }
+  return {
+    f'{stack}_{feature}': jax.ShapeDtypeStruct(
+      (config.batch_size, lengths[stack]),
+      np.int32,
+      sharding=partitioning.batch_sharding(mesh),
+    )
+    for stack, features in stacks.items()
+    for feature in features + packed
+  }
+
+
 def start(
   config: RunConfig,
   workdir: WorkDirectory,
@@ -179,33 +208,27 @@ def start(
   command: list[str],
   allow_config_change: bool,
 ) -> Trainer:
-  """Checks everything, restores or initializes, writes run.json."""
+  """Checks everything, restores or initializes, then writes run.json."""
   workdir.check_configuration(config, allow=allow_config_change)
   mesh = partitioning.make_mesh(config.mesh)
   data = open_data(
-    config.data, seed=config.seed, cache_root=workdir.path / 'data'
+    workdir.data_config(config.data), seed=config.seed, cache_root=None
   )
   check_run(config, data.vocabulary.vocab_size, mesh)
   workdir.check_data(data.fingerprint, allow=allow_config_change)
 
-  model = EncoderDecoder(config.model)
-  shapes = abstract_state(config, model)
+  shapes = abstract_state(config, EncoderDecoder(config.model))
   shardings = state_shardings(shapes, mesh, config.mesh)
   optimizer = make_optimizer(config.optimizer, shapes.axes, config.steps)
   schedule = learning_rate_schedule(config.optimizer, config.steps)
-  choices = log_choices(config, mesh)
-  counts = parameter_counts(shapes)
-  workdir.record(
-    config,
-    operative_config=operative_config,
-    command=command,
-    details={'data': data.fingerprint, 'parameters': counts, **choices},
+  train_step = jax.jit(
+    make_train_step(config, optimizer, schedule),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
   )
-  log.info(
-    'parameters: %s in all, %s in experts',
-    f'{counts["total"]:,}',
-    f'{counts["expert"]:,}',
-  )
+  abstract = shapes.with_shardings(shardings)
+  with partitioning.use_mesh(mesh):  # what cannot be divided is found here
+    train_step.trace(abstract, abstract_batch(config, mesh))
 
   batches = data.train_batches(
     config.batch_size,
@@ -217,27 +240,31 @@ def start(
     keep_last=config.keep_last,
     keep_best=config.keep_best,
   )
-  writer = metrics.MetricsWriter(workdir.path, tensorboard=config.tensorboard)
-  rows: list[dict[str, float]] = []
   # Restore order: 1. the work directory's latest good checkpoint, 2. scratch.
+  rows: list[dict[str, float]] = []
   if checkpointer.latest_step() is not None:
-    restored = checkpointer.restore(None, shapes.with_shardings(shardings))
+    restored = checkpointer.restore(None, abstract)
     state = restored.state
     batches.set_state(restored.data_state)
     rows = list(restored.metadata['interval'])
-    writer.truncate_after(int(state.step))
-    log.info('resumed at step %d', int(state.step))
+    log.info('resumed at step %d', restored.step)
   else:
-    writer.truncate_after(0)
     state = create_state(
-      config, model, optimizer, init_key(config.seed), shardings
+      config,
+      EncoderDecoder(config.model),
+      optimizer,
+      init_key(config.seed),
+      shardings,
     )
-  with partitioning.use_mesh(mesh):
-    train_step = jax.jit(
-      make_train_step(config, optimizer, schedule),
-      donate_argnums=0,
-      out_shardings=(shardings, None),
-    )
+  workdir.keep_vocabulary(data.vocabulary.spec)
+  workdir.record(
+    config,
+    operative_config=operative_config,
+    command=command,
+    details={'data': data.fingerprint, **describe_run(config, shapes, mesh)},
+  )
+  writer = metrics.MetricsWriter(workdir.path, tensorboard=config.tensorboard)
+  writer.truncate_after(int(state.step))
   return Trainer(
     config=config,
     workdir=workdir,
@@ -290,7 +317,7 @@ def run_steps(trainer: Trainer) -> str | None:
       step_log.pause()
       trainer.save(step)
     trainer.checkpointer.wait()
-    return signals.received if step < config.steps else None
+  return signals.received if step < config.steps else None
 
 
 def pretrain(
@@ -325,8 +352,8 @@ def pretrain(
     )
     stopped = run_steps(trainer)
     if stopped:
-      step = int(trainer.state.step)
-      print(f'{stopped}: saved step {step}; resume with:')
+      saved = trainer.checkpointer.latest_step()  # a failed save only warns
+      print(f'{stopped}: saved step {saved}; resume with:')
       print(f'  {resume_command(command)}', flush=True)
     else:
       finish(trainer)

@@ -2,8 +2,8 @@
 
 It holds `config.gin` (re-running with it alone gives the same run), `run.json`
 (versions, git state, mesh, parameter counts, seed, command, data), the
-checkpoints, the metrics and the report. A directory belongs to one
-configuration and, while a process writes to it, to that process.
+vocabulary, the checkpoints, the metrics and the report. A directory belongs to
+one configuration and, while a process writes to it, to that process.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from st_moe.config import RunConfig, to_dict
+from st_moe.config import DataConfig, RunConfig, to_dict
 from st_moe.errors import UserError
+
+VOCABULARY_FILE = 'vocabulary.model'
 
 _RECORDED_PACKAGES = (
   'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'gin-config',
@@ -91,6 +93,14 @@ def git_state() -> dict[str, Any] | None:
     return None
 
 
+def with_own_vocabulary(config: DataConfig, path: Path) -> DataConfig:
+  """Replaces the vocabulary 'auto' by the one that a run at `path` has kept."""
+  kept = path / VOCABULARY_FILE
+  if config.vocabulary != 'auto' or not kept.exists():
+    return config
+  return dataclasses.replace(config, vocabulary=str(kept))
+
+
 @dataclasses.dataclass
 class WorkDirectory:
   """An opened, locked work directory."""
@@ -101,6 +111,22 @@ class WorkDirectory:
   @property
   def checkpoints(self) -> Path:
     return self.path / 'checkpoints'
+
+  def data_config(self, config: DataConfig) -> DataConfig:
+    """Returns what to read; a vocabulary trained before is used again."""
+    return with_own_vocabulary(config, self.path)
+
+  def keep_vocabulary(self, spec: str) -> None:
+    """Keeps a copy of a SentencePiece model, so that the run has all it needs.
+
+    Args:
+      spec: path of the model, or 'byte'.
+    """
+    kept = self.path / VOCABULARY_FILE
+    if spec != 'byte' and not kept.exists():
+      temporary = kept.with_name(kept.name + '.tmp')
+      temporary.write_bytes(Path(spec).read_bytes())
+      os.replace(temporary, kept)
 
   @property
   def run_file(self) -> Path:

@@ -131,6 +131,19 @@ def test_without_shuffling_windows_come_in_order(folder):
   assert windows_of(take(batches, 3)) == expected[:12]
 
 
+def test_a_text_shorter_than_a_row_repeats_itself(tmp_path):
+  texts = {'train': ['ab'], 'validation': ['c']}
+  write_small_cache(tmp_path / 'cache', texts=texts)
+  data = open_cache(config_of(tmp_path / 'cache'), seed=0)
+  windows = windows_of([next(data.train_batches(3))])
+  assert windows == [tuple(BYTES.encode('ab'))] * 3
+  (batch,) = data.eval_batches(2, 10)
+  assert batch['decoder_loss_weights'].sum(axis=1).tolist() == [
+    2,
+    0,
+  ]  # T5 masks nothing
+
+
 def test_rows_have_the_configured_lengths_and_no_padding(folder):
   batch = next(open_cache(config_of(folder), seed=0).train_batches(4))
   assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {

@@ -136,7 +136,7 @@ def test_pretrain_starts_again_with_the_heap_set_up_once(monkeypatch):
 @pytest.mark.parametrize(
   'argv, message',
   [
-    ([], 'no command (one of pretrain, config'),
+    ([], 'no command (one of pretrain'),
     (['pretran'], 'unknown command pretran (one of '),
     (['pretran'], '; did you mean pretrain?'),
     (['--seed', '1'], 'unknown command --seed (one of '),

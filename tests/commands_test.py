@@ -87,3 +87,15 @@ def test_a_cache_of_a_cache_is_refused(config, tmp_path):
   ):
     with pytest.raises(UserError, match="task 'cache' is tokenized already"):
       command()
+
+
+def test_paths_that_cannot_be_written_are_named(config, tmp_path):
+  config = DataConfig(**vars(config) | {'vocabulary': 'byte'})
+  (tmp_path / 'file').write_text('no folder')
+  for command in (
+    lambda: vocab_command(config, tmp_path / 'file' / 'x.model', 50),
+    lambda: cache_command(config, tmp_path / 'file' / 'cache'),
+    lambda: cache_command(config, tmp_path / 'file'),
+  ):
+    with pytest.raises(UserError, match='file.* cannot be written: '):
+      command()

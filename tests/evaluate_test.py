@@ -84,7 +84,7 @@ def params():
 
 
 def mesh():
-  return partitioning.make_mesh(MeshConfig())
+  return partitioning.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 def test_sentinels_end_of_sequence_and_padding_are_no_text():

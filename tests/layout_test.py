@@ -181,7 +181,7 @@ def test_gin_is_imported_by_main_only():
 
 
 def test_orbax_is_imported_by_checkpoint_only():
-  assert users_of({'orbax'}) <= {'checkpoint.py'}
+  assert {module_of(path) for path in users_of({'orbax'})} <= {'checkpoint'}
 
 
 def test_partition_specs_are_made_in_partitioning_only():

@@ -268,6 +268,8 @@ def test_equals_the_oracle(capacity, settings):
         atol=1e-6,
         err_msg=f'{inputs}, {padding}',
       )
+      # A choice of weight zero holds a slot but does not travel.
+      np.testing.assert_array_equal(routing.dispatch_mask(), expected > 0)
       dropped = mask & (expected.sum(axis=(2, 3)) == 0)
       np.testing.assert_allclose(
         stats.fraction_dropped, dropped.sum() / max(mask.sum(), 1), atol=1e-6

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import st_moe
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -68,6 +70,10 @@ def test_jax_is_pinned_for_python_3_11_and_for_newer_ones(pins):
   assert "python_full_version >= '3.12'" in new
   version = re.match(r'(\d+)\.(\d+)', new)
   assert tuple(map(int, version.groups())) > (0, 10)
+
+
+def test_the_version_is_said_once_and_again_alike(setup_arguments):
+  assert setup_arguments['version'] == st_moe.__version__
 
 
 def test_constraints_name_no_host():

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -209,8 +210,11 @@ def test_too_little_text_names_the_largest_size(tmp_path):
   message = message_of(error)
   assert 'too small for a vocabulary of 5000 pieces' in message
   assert list(tmp_path.iterdir()) == []
-  train_vocabulary(TEXTS, int(message.split()[-1]), path)
-  assert path.is_file()
+  largest = int(re.search(r'largest possible size is (\d+)', message)[1])
+  with pytest.raises(UserError):
+    train_vocabulary(TEXTS, largest + 1, path)
+  train_vocabulary(TEXTS, largest, path)
+  assert load_vocabulary(str(path), 0).vocab_size == largest
 
 
 def test_too_few_pieces_name_the_smallest_size(tmp_path):

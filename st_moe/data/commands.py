@@ -3,8 +3,9 @@
 Both read any pretraining task, through seqio's sources (TensorFlow).
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from st_moe.config import DataConfig
@@ -54,7 +55,8 @@ def vocab_command(
   # A vocabulary is needed to open the text; bytes need no training.
   config = dataclasses.replace(config, vocabulary='byte')
   data = open_stream(config, seed=0, cache_root=cache_root)
-  train_vocabulary(data.documents('train'), size, output)
+  with _writing(output):
+    train_vocabulary(data.documents('train'), size, output)
   vocabulary = load_vocabulary(str(output), extra_ids=0)
   quality = measure(vocabulary, data.documents('validation'))
   report(
@@ -120,9 +122,10 @@ def cache_command(
   output = Path(output).expanduser()
   data = open_stream(config, seed=0, cache_root=cache_root)
   text = Text(data.documents, data.fingerprint['text'], data.vocabulary)
-  manifest = write_cache(
-    config, output, text, num_shards=num_shards, part=part, report=report
-  )
+  with _writing(output):
+    manifest = write_cache(
+      config, output, text, num_shards=num_shards, part=part, report=report
+    )
   if manifest is None:
     report(f'{output}: shards of other parts are still missing')
     return
@@ -131,6 +134,18 @@ def cache_command(
     f'{output}: {tokens} training tokens; train from it with DataConfig.task '
     f"= 'cache', DataConfig.cache_dir = '{output}'"
   )
+
+
+@contextlib.contextmanager
+def _writing(output: Path) -> Iterator[None]:
+  """Turns a path that cannot be written, or a full disk, into a UserError."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f'{output} cannot be written: {error.strerror or error}; choose another '
+      'path, or make room'
+    ) from error
 
 
 def _refuse_cache(config: DataConfig) -> None:

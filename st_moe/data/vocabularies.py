@@ -258,7 +258,31 @@ def train_vocabulary(
     UserError: no text, or too little for so many pieces.
   """
   lines = _training_lines(texts, characters)
-  _train(lines, size, path)
+  if not lines:
+    raise UserError('the training text is empty: no vocabulary can be made')
+  model = BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=map(_utf8, lines),
+      model_writer=model,
+      vocab_size=size,
+      model_type='unigram',
+      pad_id=PAD_ID,
+      eos_id=EOS_ID,
+      unk_id=UNK_ID,
+      bos_id=-1,
+      pad_piece='<pad>',
+      eos_piece='</s>',
+      unk_piece='<unk>',
+      character_coverage=0.9995,
+      normalization_rule_name='nmt_nfkc',
+      max_sentence_length=_MAX_SENTENCE_BYTES,
+      num_threads=_TRAINING_THREADS,
+      minloglevel=2,
+    )
+  except (RuntimeError, OSError) as error:
+    raise UserError(_training_message(str(error), size)) from error
+  write_atomically(Path(path), model.getvalue())
 
 
 def _training_lines(texts: Iterable[str], characters: int) -> list[str]:
@@ -289,40 +313,12 @@ def _spread(texts: Iterable[str]) -> Iterable[str]:
   return (texts[i * step % count] for i in range(count))
 
 
-def _train(lines: list[str], size: int, path: Path) -> None:
-  if not lines:
-    raise UserError('the training text is empty: no vocabulary can be made')
-  model = BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-      sentence_iterator=map(_utf8, lines),
-      model_writer=model,
-      vocab_size=size,
-      model_type='unigram',
-      pad_id=PAD_ID,
-      eos_id=EOS_ID,
-      unk_id=UNK_ID,
-      bos_id=-1,
-      pad_piece='<pad>',
-      eos_piece='</s>',
-      unk_piece='<unk>',
-      character_coverage=0.9995,
-      normalization_rule_name='nmt_nfkc',
-      max_sentence_length=_MAX_SENTENCE_BYTES,
-      num_threads=_TRAINING_THREADS,
-      minloglevel=2,
-    )
-  except (RuntimeError, OSError) as error:
-    raise UserError(_training_message(str(error), size)) from error
-  write_atomically(Path(path), model.getvalue())
-
-
 def _training_message(error: str, size: int) -> str:
   """Puts SentencePiece's two size errors into one line for the user."""
   if found := re.search(r'a value <= (\d+)', error):
     return (
       f'the text is too small for a vocabulary of {size} pieces; the largest '
-      f'possible size is {found[1]}'
+      f"possible size is {found[1]}, or use vocabulary 'byte'"
     )
   if found := re.search(r'smaller than required_chars\D+\d+\D+(\d+)', error):
     return (

@@ -25,7 +25,7 @@ class Choices:
     expert_index: int32 [G, S, K].
     gate: float32 [G, S, K]; 0 for masked tokens.
     wanted: bool [G, S, K], choices that the policy keeps.
-    priority: float32 [G, S], probability of the first choice; -1 if masked.
+    priority: float32 [G, S], probability of the first choice.
   """
 
   expert_index: jax.Array
@@ -60,16 +60,8 @@ def choose(
       f'RouterConfig.num_choices {num_choices} exceeds num_experts '
       f'{num_experts}; choose at most as many experts as there are'
     )
-  # One argmax per choice, as in Mesh TensorFlow: the first of equals wins.
-  indices, gates, rest = [], [], probs
-  for _ in range(num_choices):
-    index = jnp.argmax(rest, axis=-1).astype(jnp.int32)  # [G, S]
-    chosen = jax.nn.one_hot(index, num_experts)
-    indices.append(index)
-    gates.append(jnp.sum(rest * chosen, axis=-1))
-    rest = rest * (1.0 - chosen)
-  gate = jnp.stack(gates, axis=-1)  # [G, S, K]
-  priority = jnp.where(mask, gate[..., 0], -1.0)
+  expert_index, gate = _top(probs, num_choices)
+  priority = gate[..., 0]
   gate = jnp.where(mask[..., None], gate, 0.0)
   if config.gate_normalization == 'before_drop' and num_choices > 1:
     gate /= gate.sum(axis=-1, keepdims=True) + EPSILON
@@ -83,11 +75,27 @@ def choose(
   others = apply_policy(policy, gate[..., 1:], threshold, rng)
   wanted = jnp.concatenate([jnp.ones_like(mask)[..., None], others], axis=-1)
   return Choices(
-    expert_index=jnp.stack(indices, axis=-1),
+    expert_index=expert_index,
     gate=gate,
     wanted=wanted & mask[..., None],
     priority=priority,
   )
+
+
+def _top(probs: jax.Array, num_choices: int) -> tuple[jax.Array, jax.Array]:
+  """Returns the likeliest experts and their probabilities, each [G, S, K].
+
+  One argmax per choice, as in Mesh TensorFlow: the first of equals wins, and
+  where only zeros are left the first expert is chosen again, with weight 0.
+  """
+  indices, gates, rest = [], [], probs
+  for _ in range(num_choices):
+    index = jnp.argmax(rest, axis=-1).astype(jnp.int32)  # [G, S]
+    chosen = jax.nn.one_hot(index, probs.shape[-1])
+    indices.append(index)
+    gates.append(jnp.sum(rest * chosen, axis=-1))
+    rest = rest * (1.0 - chosen)
+  return jnp.stack(indices, axis=-1), jnp.stack(gates, axis=-1)
 
 
 def apply_policy(
