@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from st_moe import evaluate, partitioning
-from st_moe.config import DataConfig, MeshConfig, ModelConfig, RunConfig
+from st_moe.config import (
+  DataConfig,
+  MeshConfig,
+  ModelConfig,
+  RouterConfig,
+  RunConfig,
+)
 from st_moe.data.vocabularies import load_vocabulary
 from st_moe.transformer import EncoderDecoder
 
@@ -15,6 +21,7 @@ VOCABULARY = load_vocabulary('byte', extra_ids=10)  # 3 + 256 + 10 = 269 ids
 SENTINEL = VOCABULARY.sentinel_id(0)
 EOS = VOCABULARY.eos_id
 
+ROUTER = RouterConfig(eval_capacity_factor=4.0)  # room for every choice
 CONFIG = RunConfig(
   model=ModelConfig(
     vocab_size=272,
@@ -26,6 +33,8 @@ CONFIG = RunConfig(
     num_decoder_layers=2,
     num_experts=4,
     sparse_every=2,
+    encoder_router=ROUTER,
+    decoder_router=ROUTER,
   ),
   data=DataConfig(vocabulary='byte', inputs_length=12, targets_length=6),
   batch_size=8,

@@ -116,7 +116,9 @@ def router_config(name, config, gating):
       **common,
     )
   setting = f'moe_switch_policy_{mode}'
-  quiet = ('argmax',) if config['train'] else ('argmax', 'input_jitter')
+  quiet = ('argmax',)
+  if not config['train']:
+    quiet += ('input_jitter', 'input_dropout')
   require(config[setting] in quiet, setting)
   if gating == 'expert_selection':
     return RouterConfig(kind='expert_choice', **common)
