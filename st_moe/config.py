@@ -69,7 +69,8 @@ class RouterConfig(Checked):
     'first_choice'
   )
   balance_loss_weight: float = 0.01
-  second_choice_loss_weight: float = 0.0  # appendix J; Mesh TensorFlow: 0.5
+  # Appendix J. Mesh TensorFlow: 0.5 times its loss_coef of 0.01.
+  second_choice_loss_weight: float = 0.0
   z_loss_weight: float = 0.001  # equations 5 and 6
   loss_reduction: Literal['sum', 'mean'] = 'sum'  # over sparse layers
 

@@ -4,7 +4,7 @@
 with one of two backends over the same `Routing`:
 
   einsum: products with one-hot tensors [G, S, E, C] (GShard; Mesh TensorFlow,
-    paper.md R10). The readable reference. Costs 2 S / (3 F) of the FLOPs of
+    moe.py:487-565). The readable reference. Costs 2 S / (3 F) of the FLOPs of
     GEGLU experts, so it suits small groups and matrix units.
   gather: rows are copied by index. Two integer tables per group, one for each
     direction, make both operations and all their gradients gathers of rows;

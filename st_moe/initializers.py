@@ -1,4 +1,4 @@
-"""Initial values of kernels, as Mesh TensorFlow draws them (paper.md R10)."""
+"""Initial values of kernels, as Mesh TensorFlow draws them."""
 
 import math
 from collections.abc import Callable

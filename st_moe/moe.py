@@ -1,8 +1,8 @@
 """The sparse layer: a router, experts, and the way between them.
 
 Owns the router's and the experts' weights and nothing else; the arithmetic is
-in routing/ and experts.py. Paper section 2, appendices A, C and D; paper.md R9
-and R10.
+in routing/ and experts.py. Paper section 2, appendices A, C and D; Mesh
+TensorFlow moe.py:487-565 and 1932-1953.
 
 Letters: B sequences, L length, G groups, S tokens per group, E experts,
 C capacity, D d_model, F d_ff.
@@ -65,7 +65,7 @@ class MoeLayer(nn.Module):
     """Routes tokens to experts and back.
 
     Tokens are grouped row-major over [B, L]: "first come" inside a group means
-    sequence by sequence (paper.md R1).
+    sequence by sequence (moe.py:335-376).
 
     Args:
       x: [B, L, D].
@@ -198,7 +198,7 @@ class Router(nn.Module):
     return logits.astype(jnp.float32)
 
   def _mix(self, x: jax.Array, token_embeddings: jax.Array | None) -> jax.Array:
-    """Adds word embeddings to the router's input (appendix C; paper.md R9)."""
+    """Adds word embeddings to the router's input (appendix C)."""
     mode = self.config.word_embedding
     if mode == 'none':
       return x

@@ -220,6 +220,7 @@ def take_rows(
   """
   mesh = _current()
   if mesh is not None and _is_explicit(mesh):
+    check_divisible((*ids.shape, *table.shape[1:]), names, mesh=mesh)
     return table.at[ids].get(out_sharding=spec(names))
   return shard(table[ids], *names)
 

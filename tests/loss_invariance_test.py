@@ -23,7 +23,9 @@ from st_moe import partitioning
 from st_moe.config import MeshConfig
 from st_moe.stacking import stack_layers, unstack_layers
 
-PLAIN = tiny_config(num_encoder_layers=4, attention_z_loss_weight=0.1)
+PLAIN = tiny_config(
+  num_encoder_layers=4, num_decoder_layers=1, attention_z_loss_weight=0.1
+)
 
 
 @functools.cache
@@ -103,7 +105,13 @@ def test_scan_and_remat_on_a_mesh(overrides, mesh):
 def test_remat_draws_the_same_noise_twice():
   """A backward pass that dropped other units would change the gradients."""
   router = dataclasses.replace(ROUTER, train_choice_policy='random', jitter=0.1)
-  config = tiny_config(router, dropout_rate=0.2)
+  config = tiny_config(
+    router,
+    dropout_rate=0.2,
+    sparse_every=1,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+  )
   params, batch = init_params(config), tiny_batch()
   rngs = {'dropout': jax.random.key(1), 'router': jax.random.key(2)}
   remat = dataclasses.replace(config, remat_policy='full')

@@ -151,7 +151,7 @@ def third_choice_loss(logits, mask):
   """What the released top_n computes under the name of second-place loss.
 
   It reads the third choice, and the probabilities without the first two; a
-  defect (paper.md R6) that the package does not have.
+  defect (moe.py:1814-1828) that the package does not have.
   """
   rest = jax.nn.softmax(logits, axis=-1)
   for _ in range(2):

@@ -1,4 +1,4 @@
-"""Groups and capacities, against the paper's layout (paper.md 2.6)."""
+"""Groups and capacities, against the paper's layout."""
 
 import pytest
 

@@ -2,7 +2,7 @@
 
 The oracle of the routing tests. It shares no code with the package. Softmax is
 in float32, where small probabilities are exactly 0; the rest is in float64.
-R3-R8 are the released code's algorithms (paper.md), equations 5 and 7-9 the
+The algorithms are the released code's (moe.py), equations 5 and 7-9 the
 paper's.
 """
 
@@ -39,7 +39,7 @@ def token_choice(
   threshold=0.2,
   priority='position',
 ):
-  """Returns combine weights [G, S, E, C] (appendices D and G, R6)."""
+  """Returns combine weights [G, S, E, C] (appendices D and G)."""
   groups, tokens, num_experts = logits.shape
   combine = np.zeros((groups, tokens, num_experts, capacity))
   for g in range(groups):
@@ -74,7 +74,7 @@ def token_choice(
 
 
 def expert_choice(logits, mask, *, capacity):
-  """Returns combine weights [G, S, E, C] (R8)."""
+  """Returns combine weights [G, S, E, C]."""
   groups, tokens, num_experts = logits.shape
   combine = np.zeros((groups, tokens, num_experts, capacity))
   for g in range(groups):
@@ -98,7 +98,7 @@ def balance_loss(logits, mask, *, form, num_choices=1):
   """Returns N * sum_i f_i P_i, averaged over groups (equations 7-9).
 
   Fractions are of all S tokens of the group; padding is left out of the sums.
-  'switch' leaves it in and scales by the share of real tokens (R5).
+  'switch' leaves it in and scales by the share of real tokens.
   """
   groups, tokens, num_experts = logits.shape
   counted = num_choices if form == 'all_choices' else 1
@@ -118,7 +118,7 @@ def balance_loss(logits, mask, *, form, num_choices=1):
 
 
 def second_choice_loss(logits, mask):
-  """Returns the loss over second choices, without the factor 0.5 (R3)."""
+  """Returns the loss over second choices, without the factor 0.5."""
   groups, tokens, num_experts = logits.shape
   total = 0.0
   for g in range(groups):
@@ -135,7 +135,7 @@ def second_choice_loss(logits, mask):
 
 
 def expert_choice_loss(logits, mask):
-  """Returns expert choice's own balance loss (R8)."""
+  """Returns expert choice's own balance loss."""
   groups, tokens, num_experts = logits.shape
   total = 0.0
   for g in range(groups):

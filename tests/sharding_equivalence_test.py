@@ -26,14 +26,23 @@ from st_moe.errors import UserError
 from st_moe.stacking import stack_layers
 
 NOISY = dataclasses.replace(ROUTER, train_choice_policy='random', jitter=0.1)
+ONE_LAYER = {'num_encoder_layers': 1, 'num_decoder_layers': 1}
 CONFIGS = {
-  'dense': tiny_config(num_experts=0, dropout_rate=0.1, tie_embeddings=True),
+  'dense': tiny_config(
+    num_experts=0, dropout_rate=0.1, tie_embeddings=True, **ONE_LAYER
+  ),
   'sparse': tiny_config(
-    NOISY, dropout_rate=0.1, attention_z_loss_weight=0.1, dispatch='gather'
+    NOISY,
+    sparse_every=1,
+    dropout_rate=0.1,
+    attention_z_loss_weight=0.1,
+    dispatch='gather',
+    **ONE_LAYER,
   ),
   'scanned': tiny_config(
     NOISY,
     num_encoder_layers=4,
+    num_decoder_layers=1,
     dispatch='einsum',
     scan_layers=True,
     remat_policy='full',
@@ -42,7 +51,6 @@ CONFIGS = {
 # Name of the model, mesh (data, expert, model), FSDP.
 CASES = [
   ('dense', (4, 1, 2), True),
-  ('dense', (1, 8, 1), False),
   ('sparse', (2, 2, 2), False),
   ('sparse', (2, 4, 1), True),
   ('scanned', (2, 2, 2), True),

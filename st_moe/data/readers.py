@@ -45,7 +45,10 @@ def _read_texts(
 
 
 class RandomAccessSource(seqio.DataSource):
-  """Documents known by number: a perfect shuffle, another in each epoch."""
+  """Documents known by number: a perfect shuffle, another in each epoch.
+
+  A shuffled dataset never ends: it holds one epoch after the other.
+  """
 
   def __init__(
     self, documents: Mapping[str, Sequence[str]], errors: list[UserError]
@@ -70,17 +73,12 @@ class RandomAccessSource(seqio.DataSource):
     shard_info: seqio.ShardInfo | None = None,
     **unused: Any,
   ) -> tf.data.Dataset:
-    """Returns one epoch; where repeated, each epoch has its own order."""
+    """Returns one epoch in order, or all epochs shuffled."""
     documents = self._documents[split]
     count = len(documents)
-    if shard_info and count < shard_info.num_shards:
-      raise UserError(
-        f'{count} documents cannot be shared by {shard_info.num_shards} '
-        'processes: give more text, or use fewer processes'
-      )
-    numbers = (
-      _shuffled(count, seed) if shuffle else tf.data.Dataset.range(count)
-    )
+    numbers = tf.data.Dataset.range(count)
+    if shuffle:
+      numbers = _endless(count, seed)
     if shard_info:
       numbers = numbers.shard(shard_info.num_shards, shard_info.index)
 
@@ -94,20 +92,22 @@ class RandomAccessSource(seqio.DataSource):
     return texts.unbatch().map(lambda text: {'text': text})
 
 
-def _shuffled(count: int, seed: int | None) -> tf.data.Dataset:
-  """Returns the numbers below `count` in random order, another each epoch.
+def _endless(count: int, seed: int | None) -> tf.data.Dataset:
+  """Returns the numbers below `count` in random order, epoch after epoch.
 
-  The order is computed number by number from one key an epoch, so the state
-  of an iterator is a few numbers however many documents there are.
+  Each order is computed number by number from the seed and the epoch, so the
+  state of an iterator is one number however many documents there are.
+  (`shuffle` keeps all of them in its state; `random` with
+  `rerandomize_each_iteration` goes on with other epochs when restored.)
   """
+  if seed is None:
+    seed = int(np.random.default_rng().integers(1 << 62))
 
-  def epoch(key: tf.Tensor) -> tf.data.Dataset:
-    return tf.data.Dataset.range(count).map(
-      lambda i: tf.random.experimental.index_shuffle(i, key, count - 1)
-    )
+  def number(i: tf.Tensor) -> tf.Tensor:
+    key = tf.stack([tf.cast(seed, tf.int64), i // count])
+    return tf.random.experimental.index_shuffle(i % count, key, count - 1)
 
-  keys = tf.data.Dataset.random(seed, rerandomize_each_iteration=True)
-  return keys.batch(2, drop_remainder=True).take(1).flat_map(epoch)
+  return tf.data.Dataset.counter().map(number)
 
 
 class JsonSource(seqio.DataSource):

@@ -12,7 +12,7 @@ ROUNDING = {'floor': math.floor, 'round': round, 'ceil': math.ceil}
 
 
 def num_groups(num_tokens: int, group_size: int, shards: int) -> int:
-  """Returns into how many groups `num_tokens` are cut (paper.md R1).
+  """Returns into how many groups `num_tokens` are cut (moe.py:335-376).
 
   Starts from num_tokens // group_size (at least 1) and grows until every shard
   holds the same number of whole groups of equal size.
@@ -42,9 +42,9 @@ def expert_capacity(
 ) -> int:
   """Returns C, the slots per expert and group.
 
-  'tokens' is Mesh TensorFlow's rule, S x CF / E without a factor K (paper.md
-  R2): at most S, then at least `min_expert_capacity`, rounded down. T5X rounds
-  to nearest. 'assignments' has the factor K (V-MoE). 'fixed' takes
+  'tokens' is Mesh TensorFlow's rule, S x CF / E without a factor K
+  (moe.py:381-392): at most S, then at least `min_expert_capacity`, rounded
+  down. T5X rounds to nearest. 'assignments' has the factor K (V-MoE). 'fixed' takes
   `fixed_capacity` as it is, neither rounded nor raised to the minimum.
 
   Args:

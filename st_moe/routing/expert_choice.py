@@ -1,4 +1,4 @@
-"""Experts choose tokens: Mesh TensorFlow's expert_selection (paper.md R8).
+"""Experts choose tokens: Mesh TensorFlow moe.py:1172-1300.
 
 Each expert takes the C tokens of the group that it wants most. A token may get
 no expert or all. Earlier tokens learn from later ones, so encoders only.

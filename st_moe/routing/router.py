@@ -70,7 +70,7 @@ def _health(
   gate: jax.Array,
   real: jax.Array,
 ) -> dict[str, jax.Array]:
-  """Returns the fields of RouterStats that are no losses (paper.md R12).
+  """Returns the fields of RouterStats that are no losses (moe.py:1642-1690).
 
   Args:
     logits: float32 [G, S, E].

@@ -22,10 +22,10 @@ def balance_loss(
   """Returns the mean over groups of E * sum_e f_e P_e.
 
   'first_choice': f and P over first choices of unmasked tokens (Mesh
-  TensorFlow top_2 and top_n, paper.md R3 and R6). 'switch': f and P over every
+  TensorFlow top_2 and top_n, moe.py:1557, 1806). 'switch': f and P over every
   token, the product scaled by the unmasked share of the group; a quirk of the
-  released Switch code (R5). 'all_choices': a token counts once for each of its
-  experts, so uniform routing gives K (flaxformer).
+  released Switch code (moe.py:1357). 'all_choices': a token counts once for
+  each of its experts, so uniform routing gives K (flaxformer).
 
   Args:
     form: see above.
@@ -55,7 +55,7 @@ def second_choice_loss(
   """Returns the balance loss of second choices, before Mesh's factor 0.5.
 
   P is the router's distribution without the first choice, renormalised. As in
-  Mesh TensorFlow's top_2 (paper.md R3), masked tokens keep their whole
+  Mesh TensorFlow's top_2 (moe.py:1563), masked tokens keep their whole
   distribution in P. Its top_n reads third choices instead, a defect that is
   not followed.
 
@@ -74,7 +74,7 @@ def second_choice_loss(
 
 
 def token_balance_loss(probs: jax.Array, mask: jax.Array) -> jax.Array:
-  """Returns the balance loss of expert choice (paper.md R8).
+  """Returns the balance loss of expert choice (moe.py:1172).
 
   Experts are balanced by construction; this one spreads their choices over
   the tokens: (mean over experts of p)^2, times the unmasked tokens of the
@@ -93,7 +93,7 @@ def token_balance_loss(probs: jax.Array, mask: jax.Array) -> jax.Array:
 def z_loss(logits: jax.Array, mask: jax.Array) -> jax.Array:
   """Returns the mean of logsumexp(logits)^2 over unmasked tokens (equation 5).
 
-  Over the whole batch, not per group (paper.md R7); 0 without tokens.
+  Over the whole batch, not per group (moe.py:1956); 0 without tokens.
 
   Args:
     logits: float32 [G, S, E].

@@ -1,7 +1,7 @@
 """Tokens choose experts: top-n routing for n = 1, 2, ... (appendices D, G).
 
-Follows Mesh TensorFlow's top_n (paper.md R6), of which top_2, switch (without
-jitter) and switch_max are special cases for 0/1 padding masks.
+Follows Mesh TensorFlow's top_n (moe.py:1710-1929), of which top_2, switch
+(without jitter) and switch_max are special cases for 0/1 padding masks.
 """
 
 import dataclasses

@@ -1,0 +1,101 @@
+"""Every command of README.md runs, and its tree names every file."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from st_moe.main import main
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / 'README.md').read_text(encoding='utf-8')
+
+# What makes the README's runs small enough for a test.
+SMALL = [
+  '--gin.STEPS=2',
+  '--gin.BATCH_SIZE=2',
+  '--gin.ModelConfig.d_model=16',
+  '--gin.ModelConfig.d_ff=16',
+  '--gin.ModelConfig.d_kv=8',
+  '--gin.ModelConfig.num_heads=2',
+  '--gin.ModelConfig.num_encoder_layers=4',
+  '--gin.ModelConfig.num_decoder_layers=4',
+  '--gin.ModelConfig.num_experts=4',
+  '--gin.ModelConfig.activation_dtype=float32',
+  '--gin.MeshConfig.data=-1',
+  '--gin.MeshConfig.expert=1',
+  '--gin.DataConfig.inputs_length=32',
+  '--gin.DataConfig.targets_length=12',
+  '--gin.RunConfig.eval_batches=1',
+  '--gin.RunConfig.unigram_batches=1',
+  '--gin.RunConfig.num_samples=1',
+  '--gin.RunConfig.log_every=1',
+]
+SENTENCE = 'a router sends each token to two experts and adds what they say {}'
+
+
+def commands() -> list[str]:
+  """Returns the commands of the README's bash blocks, in order."""
+  blocks = re.findall(r'```bash\n(.*?)```', README, re.DOTALL)
+  lines = '\n'.join(blocks).replace('\\\n', ' ').splitlines()
+  return [line for line in lines if line.strip()]
+
+
+def test_the_readme_has_the_two_commands_and_more():
+  assert commands()[:2] == ['scripts/quickstart', 'scripts/test']
+  assert len(commands()) >= 8
+
+
+@pytest.mark.parametrize(
+  'script', [c for c in commands() if c.startswith('scripts/')]
+)
+def test_scripts_are_there_and_parse(script):
+  path = ROOT / script
+  assert path.stat().st_mode & 0o111, f'{script} is not executable'
+  subprocess.run(['bash', '-n', path], check=True)
+
+
+def write_texts(folder: Path) -> None:
+  """Makes the files that the README's commands read."""
+  (folder / 'my_text').mkdir()
+  (folder / 'my_text' / 'a.txt').write_text(
+    ''.join(SENTENCE.format(i) + '\n' for i in range(400))
+  )
+  shards = folder / 'c4' / 'en'
+  shards.mkdir(parents=True)
+  text = ''.join(f'{{"text": "{SENTENCE.format(i)}"}}\n' for i in range(200))
+  for name in ('c4-train.00000-of-00001', 'c4-validation.00000-of-00001'):
+    (shards / f'{name}.json').write_text(text)
+    subprocess.run(['gzip', shards / f'{name}.json'], check=True)
+
+
+@pytest.mark.slow
+def test_every_st_moe_command_runs(tmp_path, monkeypatch):
+  write_texts(tmp_path)
+  monkeypatch.chdir(tmp_path)
+  for command in commands():
+    if not command.startswith('st_moe '):
+      continue
+    argv = []  # file patterns expanded, as a shell would
+    for word in shlex.split(command)[1:]:
+      plain = '*' not in word or word.startswith('--')
+      argv += [word] if plain else sorted(map(str, Path('.').glob(word)))
+    if argv[0] == 'pretrain':
+      argv += SMALL
+    if argv[0] == 'vocab':
+      argv = [w for w in argv if not w.startswith('--size')] + ['--size=60']
+    assert main(argv) == 0, command
+    if argv[0] == 'vocab':
+      shutil.copy('my.model', 'spiece.model')
+
+
+def test_the_tree_names_every_file_of_the_package():
+  tree = README.split('## The tree')[1].split('```')[1]
+  names = set(re.findall(r'^\s*([\w./]+)', tree, re.MULTILINE))
+  for path in sorted((ROOT / 'st_moe').rglob('*.py')):
+    if path.name == '__init__.py' and path.parent.name != 'st_moe':
+      continue
+    assert path.name in names, f'README does not name {path.name}'
