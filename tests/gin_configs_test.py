@@ -30,7 +30,7 @@ RUNS = {
 # Parameters, and what the source prints: Table 11 for the paper's models, the
 # model card for Switch-base. XL has no printed size.
 PARAMETERS = {
-  'tiny': (5_807_616, None),
+  'tiny': (2_920_448, None),
   'base': (700_641_024, None),
   'dense_l': (783_150_080, 0.8e9),
   'st_moe_l': (4_105_444_352, 4.1e9),

@@ -44,8 +44,8 @@ def expert_capacity(
 
   'tokens' is Mesh TensorFlow's rule, S x CF / E without a factor K
   (moe.py:381-392): at most S, then at least `min_expert_capacity`, rounded
-  down. T5X rounds to nearest. 'assignments' has the factor K (V-MoE). 'fixed' takes
-  `fixed_capacity` as it is, neither rounded nor raised to the minimum.
+  down. T5X rounds to nearest. 'assignments' has the factor K (V-MoE). 'fixed'
+  takes `fixed_capacity` as it is, neither rounded nor raised to the minimum.
 
   Args:
     config: the router's settings.
