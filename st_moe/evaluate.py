@@ -8,6 +8,7 @@ end-of-sequence, which are easy.
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,24 @@ def unigram_neg_log_perplexity(
     total += float((log_probs[batch['decoder_target_tokens']] * weights).sum())
     weight += float(weights.sum())
   return total / max(weight, 1.0)
+
+
+def fill_in(masked: str, targets: str) -> str:
+  """Returns a masked sentence with its spans put back, [in brackets].
+
+  Args:
+    masked: text with `<extra_id_k>` where spans were.
+    targets: `<extra_id_0> span <extra_id_1> span ...`; what stands under a
+      sentinel that `masked` does not have is left out, and a span that is
+      missing reads [].
+  """
+  parts = re.split(r'<extra_id_(\d+)>', targets)
+  spans = dict(zip(parts[1::2], parts[2::2], strict=True))
+  return re.sub(
+    r'<extra_id_(\d+)>',
+    lambda found: f'[{spans.get(found[1], "").strip()}]',
+    masked,
+  )
 
 
 @dataclasses.dataclass(frozen=True)

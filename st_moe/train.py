@@ -391,9 +391,9 @@ def finish(trainer: Trainer) -> None:
 def print_summary(summary: dict[str, Any]) -> None:
   """Prints the end of a run: samples, speed, and the score to beat."""
   for sample in summary['samples']:
-    print(f'  masked: {sample["masked"]}')
-    print(f'  answer: {sample["answer"]}')
-    print(f'  filled: {sample["filled"]}\n')
+    truth, model = sample['answer'], sample['filled']
+    print(f'  text:  {evaluate.fill_in(sample["masked"], truth)}')
+    print(f'  model: {evaluate.fill_in(sample["masked"], model)}\n')
   score = summary['eval/neg_log_perplexity']
   unigram = summary['eval/unigram_neg_log_perplexity']
   print('held-out negative log perplexity of text tokens, nats per token:')

@@ -171,3 +171,12 @@ def test_sentences_are_masked_and_filled_the_same_way_every_time(params):
   for sample in first:
     assert '<extra_id_0>' in sample.masked
     assert sample.answer.startswith('<extra_id_0>')
+
+
+def test_fillings_are_put_back_where_they_belong():
+  masked = 'A <extra_id_0> sends each <extra_id_1> on.'
+  answer = '<extra_id_0> router <extra_id_1> token <extra_id_2>'
+  assert evaluate.fill_in(masked, answer) == 'A [router] sends each [token] on.'
+  assert evaluate.fill_in(masked, 'the <extra_id_1> a <extra_id_9> b') == (
+    'A [] sends each [a] on.'
+  )
