@@ -71,7 +71,6 @@ SCAN = {'scan_layers': True}
   'overrides',
   [
     {'remat_policy': 'dots_saveable'},
-    {'remat_policy': 'full'},
     SCAN,
     SCAN | {'scan_unroll': 2, 'remat_policy': 'dots_saveable'},
     SCAN | {'remat_policy': 'full', 'dispatch': 'einsum'},

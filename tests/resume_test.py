@@ -196,7 +196,17 @@ def test_kill_9_at_random_moments_from_the_command_line(corpus, tmp_path):
   def command(workdir):
     return st_moe('pretrain', *settings, f'--workdir={workdir}')
 
-  subprocess.run(command(tmp_path / 'whole'), check=True, env=env)
+  without_tensorflow = (
+    'import sys\n'
+    'from st_moe.main import main\n'
+    'status = main(sys.argv[1:])\n'
+    'assert not {"tensorflow", "seqio"} & set(sys.modules)\n'
+    'sys.exit(status)\n'
+  )
+  arguments = command(tmp_path / 'whole')[3:]  # after python -m st_moe
+  subprocess.run(
+    [sys.executable, '-c', without_tensorflow, *arguments], check=True, env=env
+  )
   rng = random.Random(0)
   kills = 0
   while not (tmp_path / 'broken' / 'summary.json').exists():

@@ -219,6 +219,12 @@ class TestRegistered:
     with pytest.raises(UserError, match="no split 'test' .it has train, val"):
       open_bytes(registered_task, objective='none', eval_split='test')
 
+  def test_held_out_examples_that_vanish_are_an_error(self, tmp_path):
+    prepare_tfds(tmp_path, 'en', {'train': ['words'], 'validation': ['']})
+    data = open_bytes('c4', tfds_data_dir=str(tmp_path))
+    with pytest.raises(UserError, match='no held-out example in split .valid'):
+      next(data.eval_batches(2, 1))
+
   def test_it_mixes_with_text_at_the_rates(self, registered_task, corpus_file):
     data = open_bytes(f'{registered_task}:3,text:1', files=corpus_file)
     batch = next(data.train_batches(400))
@@ -229,6 +235,31 @@ class TestRegistered:
     data = open_bytes(registered_task, objective='none')
     with pytest.raises(UserError, match='cannot be cached'):
       data.documents('train')
+
+  def test_a_source_that_cannot_be_resumed_is_refused_at_once(self):
+    feature = seqio.Feature(seqio.ByteVocabulary(extra_ids=100))
+
+    def read(split, shuffle_files, seed=None):
+      return tf.data.Dataset.from_generator(
+        lambda: ({'inputs': [5], 'targets': [6]} for _ in range(99)),
+        output_signature={
+          name: tf.TensorSpec([None], tf.int32)
+          for name in ('inputs', 'targets')
+        },
+      )
+
+    seqio.TaskRegistry.add(
+      'generated_by_the_user',
+      source=seqio.FunctionDataSource(read, ['train', 'validation']),
+      preprocessors=[],
+      output_features={'inputs': feature, 'targets': feature},
+    )
+    try:
+      data = open_bytes('generated_by_the_user', objective='none')
+      with pytest.raises(UserError, match='position in this task cannot be'):
+        data.train_batches(2)
+    finally:
+      seqio.TaskRegistry.remove('generated_by_the_user')
 
 
 class TestMixtures:
@@ -297,6 +328,7 @@ class TestTfds:
     data = open_bytes('c4', tfds_data_dir=str(tmp_path))
     assert data.fingerprint['text']['c4'] == {
       'tfds': 'c4/en:3.0.1',
+      'library': tfds.__version__,
       'documents': {'train': 30, 'validation': 5},
     }
     assert list(data.documents('train')) == splits['train']

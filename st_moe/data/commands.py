@@ -11,7 +11,7 @@ from pathlib import Path
 from st_moe.config import DataConfig
 from st_moe.data import cache_writer
 from st_moe.data.cache_writer import Part, Text, write_cache
-from st_moe.data.streaming import open_stream
+from st_moe.data.pipeline import open_stream
 from st_moe.data.vocabularies import (
   Vocabulary,
   load_vocabulary,

@@ -102,11 +102,22 @@ class StreamingBatches:
     return batch
 
   def get_state(self) -> bytes:
-    """Returns a zip of TensorFlow's checkpoint of the iterator."""
+    """Returns a zip of TensorFlow's checkpoint of the iterator.
+
+    Raises:
+      UserError: the task reads through Python that TensorFlow cannot restore.
+    """
     content = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
       prefix = f'{folder}/{_CHECKPOINT}'
-      tf.train.Checkpoint(iterator=self._iterator).write(prefix)
+      try:
+        tf.train.Checkpoint(iterator=self._iterator).write(prefix)
+      except tf.errors.FailedPreconditionError as error:
+        raise UserError(
+          'the position in this task cannot be saved, for it reads through '
+          'Python: build its source without from_generator, and call '
+          'tf.numpy_function with stateful=False'
+        ) from error
       with zipfile.ZipFile(
         content, 'w', zipfile.ZIP_DEFLATED, compresslevel=1
       ) as archive:

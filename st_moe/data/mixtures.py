@@ -116,19 +116,18 @@ def make_mixture(
   """
   if len(providers) == 1:
     return providers[0]
-  features = {
-    name: feature.vocabulary
-    for name, feature in providers[0].output_features.items()
-  }
   for part, provider in zip(parts, providers, strict=True):
-    other = {
-      name: feature.vocabulary
-      for name, feature in provider.output_features.items()
-    }
-    if other != features:
+    if _vocabularies(provider) != _vocabularies(providers[0]):
       raise UserError(
         f'task {part.name!r} in {name!r} has other features or another '
         f'vocabulary than {parts[0].name!r}; the tasks of a mixture share both'
       )
   rates = [part.rate for part in parts]
   return seqio.Mixture(name, list(zip(providers, rates, strict=True)))
+
+
+def _vocabularies(
+  provider: seqio.Task | seqio.Mixture,
+) -> dict[str, seqio.Vocabulary]:
+  features = provider.output_features
+  return {name: feature.vocabulary for name, feature in features.items()}

@@ -10,12 +10,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from st_moe.config import DataConfig
 from st_moe.data.vocabularies import Vocabulary
+
+if TYPE_CHECKING:
+  from st_moe.data.streaming import StreamingData
 
 # seqio's names: encoder_input_tokens [rows, inputs_length];
 # decoder_input_tokens, decoder_target_tokens, decoder_loss_weights
@@ -109,9 +112,16 @@ def open_data(
     from st_moe.data.cache import open_cache
 
     return open_cache(config, seed=seed)
-  with _without_banners():
-    from st_moe.data.streaming import open_stream
   return open_stream(config, seed=seed, cache_root=cache_root)
+
+
+def open_stream(
+  config: DataConfig, *, seed: int, cache_root: Path | None
+) -> 'StreamingData':
+  """Opens a task over text; as `open_data`, and gives the raw documents."""
+  with _without_banners():
+    from st_moe.data import streaming
+  return streaming.open_stream(config, seed=seed, cache_root=cache_root)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ def open_stream(
         f'{", ".join(provider.splits)}); set DataConfig.train_split and '
         'eval_split'
       )
-  return StreamingData(config, provider, vocabulary, corpora, seed)
+  return StreamingData(config, parts, provider, vocabulary, corpora, seed)
 
 
 def _check_objective(config: DataConfig, parts: Sequence[Part]) -> None:
@@ -182,6 +182,7 @@ class StreamingData:
   def __init__(
     self,
     config: DataConfig,
+    parts: Sequence[Part],
     provider: seqio.Task | seqio.Mixture,
     vocabulary: Vocabulary,
     corpora: dict[str, Corpus],
@@ -197,6 +198,7 @@ class StreamingData:
       },
     }
     self._config = config
+    self._parts = parts
     self._provider = provider
     self._corpora = corpora
     self._seed = seed
@@ -224,6 +226,11 @@ class StreamingData:
       'process_index': process_index,
       'process_count': process_count,
     }
+    if any(part.name not in self._corpora for part in self._parts):
+      # A registered source may have no position to save: say so now.
+      probe = StreamingBatches(build, about, self._first_error)
+      next(probe)
+      probe.get_state()
     return StreamingBatches(build, about, self._first_error)
 
   def eval_batches(
@@ -234,17 +241,28 @@ class StreamingData:
     process_index: int = 0,
     process_count: int = 1,
   ) -> Iterator[Batch]:
-    """Yields the same held-out batches on every call."""
+    """Yields the same held-out batches on every call.
+
+    Raises:
+      UserError: there is not one held-out example.
+    """
     rows = local_rows(batch_size, process_count)
     dataset = self._eval_dataset.batch(batch_size).take(num_batches)
     iterator = iter(dataset.prefetch(1))
     first = rows * process_index
-    while (batch := next_batch(iterator, self._first_error)) is not None:
+    batch = next_batch(iterator, self._first_error)
+    if batch is None:
+      raise UserError(
+        f'task {self._config.task!r} gives no held-out example in split '
+        f'{self._config.eval_split!r}: nothing can be evaluated'
+      )
+    while batch is not None:
       missing = batch_size - len(next(iter(batch.values())))
       yield {
         name: np.pad(array, ((0, missing), (0, 0)))[first : first + rows]
         for name, array in batch.items()
       }
+      batch = next_batch(iterator, self._first_error)
 
   def eval_texts(self, count: int) -> list[str]:
     """Returns short sentences from held-out documents, at most `count`."""
@@ -265,14 +283,15 @@ class StreamingData:
     Raises:
       UserError: the task is a mixture, or is registered with seqio.
     """
-    if list(self._corpora) != [self._config.task]:
+    if len(self._parts) > 1 or not self._corpora:
       raise UserError(
         f'task {self._config.task!r} cannot be cached: a cache holds the '
         'plain text of one built-in task'
       )
     config = self._config
     name = {'train': config.train_split, 'validation': config.eval_split}[split]
-    return self._corpora[config.task].documents(name)
+    (corpus,) = self._corpora.values()
+    return corpus.documents(name)
 
   def _first_error(self) -> UserError | None:
     errors = (e for corpus in self._corpora.values() for e in corpus.errors)

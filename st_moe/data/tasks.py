@@ -9,6 +9,7 @@ preprocessors.py, end of sequence.
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,10 @@ from st_moe.errors import UserError, did_you_mean
 BUILT_IN = ('c4', 'c4_json', 'docstrings', 'mc4', 'text')
 READS_FILES = ('c4_json', 'text')
 _MC4_PREFIX = 'mc4.'
+# More text than this takes a while to check: say so.
+_ANNOUNCED_BYTES = 1 << 30
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +166,9 @@ def _text(config: DataConfig) -> Corpus:
     return sources.TextDocuments(files, config.document, config.max_line_bytes)
 
   files = _resolve(config, sources.TEXT_SUFFIXES)
+  size = sum(path.stat().st_size for path in files.train)
+  if size > _ANNOUNCED_BYTES:
+    log.info('reading and checking %.1f GB of text', size / 1e9)
   if files.held_out:
     split = sources.Split(read(files.train), read(files.held_out))
   else:
@@ -290,5 +298,9 @@ def _tfds(
   return Corpus(
     source=source,
     documents=documents,
-    fingerprint={'tfds': f'{dataset}:{version}', 'documents': counts},
+    fingerprint={
+      'tfds': f'{dataset}:{version}',
+      'library': tfds.__version__,  # decides the order of files
+      'documents': counts,
+    },
   )
