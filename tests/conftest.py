@@ -8,6 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+  # Tests compile much and compute little.
+  ' --xla_backend_optimization_level=0'
 )
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Compiled programs are kept between runs of the suite.

@@ -1,7 +1,7 @@
 """One device, eight with Auto axes and eight with Explicit axes agree.
 
-Loss, metrics and gradients of a training step, with its dropout and its
-random routing: noise is drawn by position, not by device.
+Loss, metrics and gradients of a training step, also with dropout and random
+routing: noise is drawn by position, not by device.
 """
 
 import dataclasses
@@ -40,7 +40,6 @@ CONFIGS = {
     **ONE_LAYER,
   ),
   'scanned': tiny_config(
-    NOISY,
     num_encoder_layers=4,
     num_decoder_layers=1,
     dispatch='einsum',
