@@ -85,8 +85,10 @@ def test_a_sparse_model_learns_to_copy():
     for _ in range(CONFIG.steps):
       state, result = step(state, copy_batch(rng))
       history.append(float(result['cross_entropy']))
-  assert history[0] > 3.0  # log 30 = 3.4
-  assert history[-1] < 0.5 * history[0]
+  # Targets are uniform over 30 ids: whatever does not look at the input stays
+  # above log 30 = 3.4 nats.
+  assert history[0] > np.log(30)
+  assert np.mean(history[-10:]) < np.log(30) - 1.0
   assert int(state.step) == CONFIG.steps
   stats = result['router']['encoder']
   assert stats.expert_load.shape == (1, 4)

@@ -16,7 +16,7 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 # What makes the README's runs small enough for a test.
 SMALL = [
   '--gin.STEPS=2',
-  '--gin.BATCH_SIZE=2',
+  '--gin.BATCH_SIZE=8',
   '--gin.ModelConfig.d_model=16',
   '--gin.ModelConfig.d_ff=16',
   '--gin.ModelConfig.d_kv=8',
