@@ -91,6 +91,12 @@ def final_parameters(workdir):
     return int(last.name), reader.restore(last.absolute() / 'params')
 
 
+def lines_in(workdir):
+  """Returns how many lines metrics.jsonl has by now."""
+  path = workdir / 'metrics.jsonl'
+  return path.read_bytes().count(b'\n') if path.exists() else 0
+
+
 def loss_lines(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return [line for line in lines if '"loss"' in line or '"eval/loss"' in line]
@@ -207,17 +213,22 @@ def test_kill_9_at_random_moments_from_the_command_line(corpus, tmp_path):
   subprocess.run(
     [sys.executable, '-c', without_tensorflow, *arguments], check=True, env=env
   )
+  broken = tmp_path / 'broken'
   rng = random.Random(0)
   kills = 0
-  while not (tmp_path / 'broken' / 'summary.json').exists():
-    child = subprocess.Popen(command(tmp_path / 'broken'), env=env)
-    try:
-      child.wait(timeout=rng.uniform(4, 14) if kills < 3 else None)
-      assert child.returncode == 0
-    except subprocess.TimeoutExpired:
+  while not (broken / 'summary.json').exists():
+    written = lines_in(broken)
+    child = subprocess.Popen(command(broken), env=env)
+    # The first three are killed some lines and moments after they began.
+    enough = written + rng.randint(1, 4) if kills < 3 else 1000
+    while child.poll() is None and lines_in(broken) < enough:
+      time.sleep(0.01)
+    if child.returncode is None and kills < 3:
+      time.sleep(rng.uniform(0, 0.1))
       child.kill()
-      child.wait()
       kills += 1
-      time.sleep(0.1)
+      child.wait()
+    else:
+      assert child.wait() == 0
   assert kills
   assert_same_run(tmp_path / 'whole', tmp_path / 'broken')
