@@ -370,9 +370,7 @@ def finish(trainer: Trainer) -> None:
   summary: dict[str, Any] = {'step': int(trainer.state.step)}
   summary |= trainer.evaluator.losses(params)
   begin = time.monotonic()
-  counts, tokens = evaluate.unigram_counts(
-    data, config, min(config.unigram_batches, config.steps)
-  )
+  counts, tokens = evaluate.unigram_counts(data, config, config.unigram_batches)
   summary['data_tokens_per_second'] = tokens / (time.monotonic() - begin)
   summary['eval/unigram_neg_log_perplexity'] = (
     evaluate.unigram_neg_log_perplexity(counts, trainer.evaluator)
