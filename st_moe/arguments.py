@@ -33,7 +33,7 @@ def _add_command(
     epilog=f'Example: st_moe {name} {example}',
     allow_abbrev=False,
   )
-  command.set_defaults(command=name)
+  command.set_defaults(command=name, parser=command)
   add = command.add_argument
   add(
     '--gin_file',
@@ -143,6 +143,85 @@ def _add_cache(subparsers: Any) -> _Parser:
   return command
 
 
+def _sizes(text: str) -> list[int]:
+  """Reads '8,16,64'."""
+  sizes = [int(word) for word in text.split(',')]
+  if min(sizes) < 1:
+    raise ValueError
+  return sizes
+
+
+def _words(text: str) -> list[str]:
+  """Reads 'einsum,gather'."""
+  return text.split(',')
+
+
+# argparse names the type in its errors.
+_sizes.__name__ = 'list of positive integers'
+
+
+def _add_layer_sizes(command: _Parser) -> None:
+  """Adds the flags of the layer that `bench layer` and `bench peers` time."""
+  add = command.add_argument
+  sizes = {'type': _sizes, 'action': 'extend', 'metavar': 'N[,N...]'}
+  add('--tokens', type=int, help='in the batch (default: 2048)')
+  add('--d_model', type=int, help='(this and those below: default from gin)')
+  add('--d_ff', type=int, help='of one expert')
+  add('--experts', **sizes, help='one table for each')
+  add('--n', type=int, help='experts per token, the n of top-n')
+  add('--capacity_factor', type=float, help='slots: S x factor / experts')
+  add('--group_size', **sizes, help='tokens per group (S); one table for each')
+  add('--dtype', choices=('float32', 'bfloat16'), help='of the arithmetic')
+  add(
+    '--activation',
+    choices=('geglu', 'reglu', 'swiglu', 'gelu', 'relu', 'silu'),
+    help='of the experts; the first three are gated',
+  )
+  add(
+    '--rounds', type=int, default=10, help='in which each form runs once (10)'
+  )
+
+
+def _add_bench(subparsers: Any) -> _Parser:
+  bench = subparsers.add_parser(
+    'bench',
+    help='measure the sparse layer, the whole step, or other implementations',
+    description='Time against floors, in turns; `st_moe bench KIND --help`.',
+    epilog='Example: st_moe bench layer --experts=8,64',
+    allow_abbrev=False,
+  )
+  kinds = bench.add_subparsers(metavar='layer|step|peers', required=True)
+  layer = _add_command(
+    kinds,
+    'layer',
+    'the sparse layer with each backend, against a dense FFN and bare matmuls',
+    '',
+  )
+  layer.epilog = 'Example: st_moe bench layer --experts=8,64 --group_size=1024'
+  layer.add_argument(
+    '--backends',
+    type=_words,
+    action='extend',
+    metavar='NAME[,NAME...]',
+    help='ways to dispatch (default: all)',
+  )
+  step = _add_command(kinds, 'step', 'the training step of a configuration', '')
+  step.epilog = 'Example: st_moe bench step --gin_file=runs/quickstart.gin'
+  step.add_argument('--rounds', type=int, default=10, help='steps timed (10)')
+  peers = _add_command(
+    kinds, 'peers', 'other implementations of the layer, in turns with ours', ''
+  )
+  peers.epilog = 'Example: st_moe bench peers --experts=16 --group_size=1024'
+  for command in (layer, peers):
+    _add_layer_sizes(command)
+  for kind, command in (('layer', layer), ('step', step), ('peers', peers)):
+    command.set_defaults(command='bench', kind=kind)
+    command.add_argument(
+      '--output', metavar='DIR', help=f'(default: runs/bench/{kind})'
+    )
+  return bench
+
+
 def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
   """Returns the parser of the program and those of its commands."""
   parser = _Parser(
@@ -160,6 +239,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
     'config': _add_config(subparsers),
     'vocab': _add_vocab(subparsers),
     'cache': _add_cache(subparsers),
+    'bench': _add_bench(subparsers),
   }
   return parser, commands
 
@@ -187,9 +267,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
   args, unknown = parser.parse_known_args(fixed)
   if unknown:
     flag = unknown[0].partition('=')[0]
-    flags = re.findall(r'--\w+', commands[argv[0]].format_help())
+    command = args.parser.prog.removeprefix('st_moe ')
+    flags = re.findall(r'--\w+', args.parser.format_help())
     raise UserError(
-      f'{argv[0]} has no argument {flag}{did_you_mean(flag, flags)}; see '
-      f'`st_moe {argv[0]} --help`'
+      f'{command} has no argument {flag}{did_you_mean(flag, flags)}; see '
+      f'`st_moe {command} --help`'
     )
   return args

@@ -206,6 +206,19 @@ def _evaluate(args: argparse.Namespace) -> None:
   evaluate.evaluate(config, workdir, step=args.step)
 
 
+def _bench(args: argparse.Namespace) -> None:
+  if args.kind == 'step' and not args.gin_file:
+    raise UserError(
+      'bench step needs --gin_file=FILE, for example '
+      '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
+    )
+  config = load_config(args.gin_file, args.gin_bindings, args.seed)
+  _quiet_libraries(args.debug)
+  from st_moe.bench import commands
+
+  commands.run(args, config)
+
+
 def _data_config(args: argparse.Namespace) -> DataConfig:
   """Returns what to read: text files named on the command line, or gin's."""
   flags = [*args.gin_bindings]
@@ -300,6 +313,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'config': _config,
   'vocab': _vocab,
   'cache': _cache,
+  'bench': _bench,
 }
 
 
@@ -358,10 +372,11 @@ _HEAP = {
 
 
 def run() -> None:
-  """The console script: sets the heap up for training, then `main`."""
-  trains = sys.argv[1:2] == ['pretrain'] and '--help' not in sys.argv
+  """The console script: sets the heap up for computing, then `main`."""
+  computes = sys.argv[1:2] in (['pretrain'], ['bench'])
   on_cpu = os.environ.get('JAX_PLATFORMS', 'cpu') == 'cpu'
-  if sys.platform == 'linux' and trains and on_cpu:
+  computes &= '--help' not in sys.argv
+  if sys.platform == 'linux' and computes and on_cpu:
     unset = {k: v for k, v in _HEAP.items() if k not in os.environ}
     if 'MALLOC_MMAP_THRESHOLD_' in unset:
       # The same process again: same id, same arguments.

@@ -1,0 +1,85 @@
+"""The pictures of `st_moe bench`, in the colours of report.py."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from st_moe.bench.forms import BATCHED, DENSE, MODES
+from st_moe.bench.timing import Spread
+from st_moe.report import BLUE, GREEN, GREY, ORANGE, RED
+
+_COLOURS = (BLUE, ORANGE, GREEN, RED)
+_ROW = 0.26  # inches per bar
+
+
+def _prepare(axes: Axes, title: str, unit: str) -> None:
+  axes.set_title(title, fontsize=11, loc='left', fontweight='bold')
+  axes.set_xlabel(unit, fontsize=9)
+  axes.tick_params(labelsize=8)
+  axes.spines[['top', 'right']].set_visible(False)
+  axes.grid(color='#e4e4e4', linewidth=0.8, axis='x')
+  axes.set_axisbelow(True)
+
+
+def _bar(axes: Axes, at: float, spread: Spread, **style: Any) -> None:
+  """A bar to the median, its quartiles as a line, its value at the end."""
+  axes.barh(at, spread.median, height=0.8, **style)
+  axes.plot([spread.low, spread.high], [at, at], color='black', linewidth=1)
+  axes.annotate(
+    f'{spread.median:.2f}', (max(spread.high, spread.median), at),
+    xytext=(4, 0), textcoords='offset points', va='center', fontsize=8,
+  )  # fmt: skip
+
+
+def draw_layer(measured: Sequence[Any]) -> Figure:
+  """Time over the batched floor, for each size, mode and form.
+
+  Args:
+    measured: `layer.Measurement`s; each size has one of each mode.
+  """
+  names = [*measured[0].backends(), DENSE]
+  colours = dict(zip(names, [*_COLOURS, *_COLOURS], strict=False))
+  colours[DENSE] = '#b0b0b0'
+  sizes = list(dict.fromkeys(m.size for m in measured))
+  rows = len(sizes) * (len(names) + 1)
+  figure = Figure(figsize=(11, 1.6 + _ROW * rows), layout='constrained')
+  panels = figure.subplots(1, len(MODES), sharey=True)
+  for axes, mode in zip(panels, MODES, strict=True):
+    _prepare(axes, mode, 'time / time of the bare expert matmuls')
+    here = [m for m in measured if m.mode == mode]
+    for index, m in enumerate(here):
+      for at, name in enumerate(names):
+        _bar(
+          axes, index * (len(names) + 1) + at, m.ratio(name, BATCHED),
+          color=colours[name], label=None if index else name,
+        )  # fmt: skip
+    axes.axvline(1.0, color=GREY, linewidth=1, linestyle='--')
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+  middle = (len(names) - 1) / 2
+  panels[0].set_yticks(
+    [i * (len(names) + 1) + middle for i in range(len(sizes))],
+    [_size_label(size) for size in sizes],
+  )
+  panels[0].invert_yaxis()
+  _legend(figure, panels[0])
+  return figure
+
+
+def _size_label(size: Any) -> str:
+  return (
+    f'E {size.num_experts}, top-{size.choices}\n'
+    f'{size.groups} x {size.group_size} tokens\n'
+    f'd {size.d_model}, f {size.d_ff}'
+  )
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+  handles, labels = axes.get_legend_handles_labels()
+  figure.legend(
+    handles, labels, loc='outside lower center', ncols=len(labels),
+    fontsize=8, frameon=False,
+  )  # fmt: skip
