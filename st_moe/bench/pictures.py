@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -31,6 +30,7 @@ def _bar(axes: Axes, at: float, spread: Spread, **style: Any) -> None:
   axes.annotate(
     f'{spread.median:.2f}', (max(spread.high, spread.median), at),
     xytext=(4, 0), textcoords='offset points', va='center', fontsize=8,
+    bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.8},
   )  # fmt: skip
 
 
@@ -67,6 +67,40 @@ def draw_layer(measured: Sequence[Any]) -> Figure:
   panels[0].invert_yaxis()
   _legend(figure, panels[0])
   return figure
+
+
+def draw_step(results: dict[str, Any]) -> Figure:
+  """Where a step's time goes, and where its model FLOPs are.
+
+  Args:
+    results: of `step.run`, as written to results.json.
+  """
+  shares = results['shares']
+  flops = results['model_flops']
+  total = sum(flops.values())
+  figure = Figure(figsize=(11, 3.8), layout='constrained')
+  time, work = figure.subplots(1, 2)
+  seconds = results['step']['wall']['median']
+  _prepare(time, f'Time of a step, {1e3 * seconds:,.4g} ms', 'percent')
+  _prepare(work, f'Model FLOPs of a step, {total:.3g}', 'percent')
+  _shares(time, shares, BLUE)
+  _shares(work, {part: n / total for part, n in flops.items()}, GREEN)
+  return figure
+
+
+def _shares(axes: Axes, shares: dict[str, float], colour: str) -> None:
+  """One bar for each part, the largest first."""
+  shares = dict(sorted(shares.items(), key=lambda item: -item[1]))
+  for at, share in enumerate(shares.values()):
+    axes.barh(at, 100 * share, height=0.7, color=colour)
+    axes.annotate(
+      f'{100 * share:.1f}', (100 * share, at), xytext=(4, 0),
+      textcoords='offset points', va='center', fontsize=8,
+    )  # fmt: skip
+  axes.set_yticks(range(len(shares)), list(shares))
+  axes.margins(x=0.12)
+  axes.set_xlim(left=0)
+  axes.invert_yaxis()
 
 
 def _size_label(size: Any) -> str:

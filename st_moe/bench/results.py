@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: tables, and results.json with every number."""
+"""What a benchmark leaves: tables, and results.json with every number."""
 
 import dataclasses
 import os

@@ -164,4 +164,3 @@ def _check(size: LayerSize) -> None:
       f'RouterConfig.word_embedding {size.router.word_embedding!r} needs a '
       "whole model; set it to 'none' here, or use `st_moe bench step`"
     )
-  size.capacity  # noqa: B018: refuses experts without slots

@@ -1,0 +1,257 @@
+"""`st_moe bench step`: the training step of a configuration.
+
+The step is the one that `st_moe pretrain` runs, on its mesh, with parameters
+as at its start and batches of random tokens of full length; a new batch each
+step, out of a few. Tokens are those of inputs and targets.
+"""
+
+import argparse
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from st_moe import partitioning
+from st_moe.bench import pictures
+from st_moe.bench.flops import peak_flops, step_flops
+from st_moe.bench.results import (
+  Output,
+  as_json,
+  mebibytes,
+  milliseconds,
+  open_output,
+)
+from st_moe.bench.shares import traced_shares
+from st_moe.bench.timing import Sample, Spread, flops, run_rounds, temp_bytes
+from st_moe.config import RunConfig, to_dict
+from st_moe.errors import RunStopped, UserError
+from st_moe.optimizer import learning_rate_schedule, make_optimizer
+from st_moe.train import abstract_batch, check_run
+from st_moe.train_state import (
+  abstract_state,
+  create_state,
+  parameter_counts,
+  state_shardings,
+)
+from st_moe.train_step import init_key, make_train_step
+from st_moe.transformer import EncoderDecoder
+
+_BATCHES = 4
+_TRACED_STEPS = 3
+
+
+class TrainStep:
+  """The compiled step of a run and its state.
+
+  Attributes:
+    compiled: the executable.
+    compile_seconds: of tracing and compiling.
+    counts: numbers of parameters.
+    mesh: of the run.
+  """
+
+  name = 'step'
+
+  def __init__(self, config: RunConfig):
+    """Builds the step as training does, and takes one.
+
+    Raises:
+      UserError: when sizes do not divide over the mesh.
+    """
+    self.mesh = partitioning.make_mesh(config.mesh)
+    if jax.process_count() > 1:
+      raise UserError('bench step runs on the devices of one process only')
+    check_run(config, config.model.vocab_size, self.mesh)
+    model = EncoderDecoder(config.model)
+    shapes = abstract_state(config, model)
+    self.counts = parameter_counts(shapes)
+    shardings = state_shardings(shapes, self.mesh, config.mesh)
+    optimizer = make_optimizer(config.optimizer, shapes.axes, config.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+    step = jax.jit(
+      make_train_step(config, optimizer, schedule),
+      donate_argnums=0,
+      out_shardings=(shardings, None),
+    )
+    begin = time.perf_counter()
+    with partitioning.use_mesh(self.mesh):
+      self.compiled = step.lower(
+        shapes.with_shardings(shardings), abstract_batch(config, self.mesh)
+      ).compile()
+    self.compile_seconds = time.perf_counter() - begin
+    key = init_key(config.seed)
+    self._state = create_state(config, model, optimizer, key, shardings)
+    self._batches = [
+      partitioning.shard_batch(random_batch(config, seed), self.mesh)
+      for seed in range(_BATCHES)
+    ]
+    self._taken = 0
+    self._result: dict[str, Any] = {}
+    self.measure()
+
+  def measure(self) -> Sample:
+    """Takes one step."""
+    batch = self._batches[self._taken % _BATCHES]
+    wall, cpu = time.perf_counter(), time.process_time()
+    self._state, self._result = self.compiled(self._state, batch)
+    jax.block_until_ready((self._state, self._result))
+    self._taken += 1
+    return Sample(time.perf_counter() - wall, time.process_time() - cpu)
+
+  def check(self) -> float:
+    """Returns the loss of the last step.
+
+    Raises:
+      RunStopped: when a step was not finite: it then changes nothing, and its
+        time is not that of training.
+    """
+    loss, skipped = (
+      float(self._result[name]) for name in ('loss', 'skipped_steps')
+    )
+    if skipped or not np.isfinite(loss):
+      raise RunStopped(
+        f'{skipped:.0f} of {self._taken} steps were not finite (loss {loss}); '
+        'lower OptimizerConfig.learning_rate'
+      )
+    return loss
+
+
+def random_batch(config: RunConfig, seed: int) -> dict[str, np.ndarray]:
+  """Returns a batch without padding: random ids, all of them targets."""
+  rng = np.random.default_rng(seed)
+  shape = (config.batch_size, config.data.targets_length)
+  targets = rng.integers(1, config.model.vocab_size, shape, np.int32)
+  shape = (config.batch_size, config.data.inputs_length)
+  inputs = rng.integers(1, config.model.vocab_size, shape, np.int32)
+  batch = {
+    'encoder_input_tokens': inputs,
+    'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
+    'decoder_target_tokens': targets,
+    'decoder_loss_weights': np.ones_like(targets),
+  }
+  if config.data.pack:  # one segment fills a row
+    for stack, tokens in (('encoder', inputs), ('decoder', targets)):
+      batch[f'{stack}_segment_ids'] = np.ones_like(tokens)
+      batch[f'{stack}_positions'] = np.broadcast_to(
+        np.arange(tokens.shape[1], dtype=np.int32), tokens.shape
+      )
+  return batch
+
+
+def run(args: argparse.Namespace, config: RunConfig) -> None:
+  """Times the step, traces it, prints tables, writes JSON and a picture.
+
+  Raises:
+    UserError: for a configuration that cannot run here.
+    RunStopped: when a step is not finite.
+  """
+  if args.rounds < 1:
+    raise UserError(f'--rounds must be positive, got {args.rounds}')
+  output = Output(open_output(args.output, 'step'), 'step', args.argv)
+  output.say(f'compiling the step of {", ".join(args.gin_file)}')
+  step = TrainStep(config)
+  output.say(
+    f'  {step.counts["total"]:,} parameters ({step.counts["expert"]:,} in '
+    f'experts), compiled in {step.compile_seconds:.0f} s'
+  )
+  samples = run_rounds([step], args.rounds)[step.name]
+  loss = step.check()
+
+  def traced() -> None:
+    for _ in range(_TRACED_STEPS):
+      step.measure()
+
+  shares = traced_shares(traced, step.compiled)
+  results = _results(config, step, samples) | {'loss': loss, 'shares': shares}
+  _print(output, results)
+  output.finish(results, pictures.draw_step(results))
+
+
+def _results(
+  config: RunConfig, step: TrainStep, samples: list[Sample]
+) -> dict[str, Any]:
+  """Returns the numbers of the run, ready for JSON."""
+  lengths = config.data.inputs_length + config.data.targets_length
+  tokens = config.batch_size * lengths
+  devices = step.mesh.devices
+  parts = step_flops(config, partitioning.batch_shards(step.mesh))
+  model_flops = sum(parts.values())
+  speeds = Spread.of([model_flops / sample.wall for sample in samples])
+  peak = peak_flops(devices.flat[0].device_kind)
+  return {
+    'config': to_dict(config),
+    'parameters': step.counts,
+    'mesh': dict(step.mesh.shape),
+    'step': as_json(samples),
+    'compile_s': step.compile_seconds,
+    'temp_bytes': temp_bytes(step.compiled),
+    'compiled_flops_per_device': flops(step.compiled),
+    'tokens': tokens,
+    'tokens_per_second': dataclasses.asdict(
+      Spread.of([tokens / sample.wall for sample in samples])
+    ),
+    'model_flops': parts,
+    'model_flops_per_second': dataclasses.asdict(speeds),
+    'peak_flops_per_device': peak,
+    'mfu': None if peak is None else speeds.median / (peak * devices.size),
+  }
+
+
+def _print(output: Output, results: dict[str, Any]) -> None:
+  parts, shares = results['model_flops'], results['shares']
+  model_flops = sum(parts.values())
+  wall, cpu = (Spread(**results['step'][clock]) for clock in ('wall', 'cpu'))
+  speed = Spread(**results['tokens_per_second'])
+  rate = results['model_flops_per_second']['median']
+  count = len(results['step']['wall_s'])
+  output.say(
+    f'step: {milliseconds(wall.median)} ms [{milliseconds(wall.low)} '
+    f'{milliseconds(wall.high)}], cpu {milliseconds(cpu.median)} ms, median of '
+    f'{count} [quartiles]'
+  )
+  output.say(
+    f'tokens/s: {speed.median:,.0f} [{speed.low:,.0f} {speed.high:,.0f}], '
+    f'{results["tokens"]:,} tokens a step; scratch memory '
+    f'{mebibytes(results["temp_bytes"])} MiB'
+  )
+  output.say(
+    f'model FLOPs: {model_flops:.3g} a step, {rate:.3g} per second; '
+    + _utilization(results)
+  )
+  output.say('')
+  rows = [
+    (
+      part,
+      f'{share:.1%}',
+      f'{1e3 * wall.median * share:.1f}',
+    )
+    for part, share in shares.items()
+  ]
+  if rows:
+    output.table(
+      f'where the time goes: {_TRACED_STEPS} traced steps',
+      ('part', 'share', 'ms of the step'),
+      rows,
+    )
+  else:
+    output.say('no shares: the profiler names no operations here')
+  output.table(
+    'model FLOPs of a step, forward and backward',
+    ('part', 'FLOPs', 'share'),
+    [
+      (part, f'{value:.3g}', f'{value / model_flops:.1%}')
+      for part, value in parts.items()
+    ],
+  )
+
+
+def _utilization(results: dict[str, Any]) -> str:
+  device = jax.devices()[0].device_kind
+  if results['mfu'] is None:
+    return f'no peak is known for {device}, so no MFU'
+  peak = results['peak_flops_per_device']
+  dtype = results['config']['model']['activation_dtype']
+  note = '' if dtype == 'bfloat16' else f' (which is for bfloat16, not {dtype})'
+  return f'MFU {results["mfu"]:.1%} of {peak:.4g} FLOP/s a device{note}'
