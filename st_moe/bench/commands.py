@@ -2,10 +2,10 @@
 
 import argparse
 
-from st_moe.bench import layer, step
+from st_moe.bench import layer, peers, step
 from st_moe.config import RunConfig
 
-_KINDS = {'layer': layer.run, 'step': step.run}
+_KINDS = {'layer': layer.run, 'step': step.run, 'peers': peers.run}
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:

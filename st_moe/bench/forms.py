@@ -117,7 +117,7 @@ def _ffn(size: LayerSize, equations: tuple[str, str]) -> Layer:
   return layer
 
 
-def _programs(
+def programs(
   name: str,
   layer: Layer,
   params: Any,
@@ -155,7 +155,15 @@ def _programs(
 
 
 class LayerForms:
-  """The programs of one size, over the same random numbers."""
+  """The programs of one size, over the same random numbers.
+
+  Attributes:
+    size: of the layer.
+    params: of the layer, float32.
+    x: its input [G, S, D].
+    weights: of its output in the sum that is differentiated.
+    key: of the router.
+  """
 
   def __init__(self, size: LayerSize, seed: int):
     """Draws the layer's parameters and inputs.
@@ -166,15 +174,15 @@ class LayerForms:
     """
     self.size = size
     self._rng = np.random.default_rng(seed)
-    self._key = jax.random.key(seed)
+    self.key = jax.random.key(seed)
     shape = (size.groups, size.group_size, size.d_model)
     self.x = self._normal(shape, size.dtype)
-    self._weights = self._normal(shape, 'float32')
+    self.weights = self._normal(shape, 'float32')
     boxed = jax.eval_shape(
       lambda key: moe_layer(size, BACKENDS[0]).init(
         {'params': key, 'router': key}, self.x, None, train=True
       )['params'],
-      self._key,
+      self.key,
     )
     # Variance 1 / fan-in: unlike init_scale 0.1, hidden units of size 1.
     self.params = jax.tree.map(self._kernel, partitioning.unbox(boxed))
@@ -189,13 +197,13 @@ class LayerForms:
 
   def moe(self, backend: str) -> dict[str, Program]:
     """Returns the whole layer with a backend, by mode."""
-    return _programs(
+    return programs(
       backend,
       _apply(self.size, backend),
       self.params,
       self.x,
-      self._weights,
-      self._key,
+      self.weights,
+      self.key,
     )
 
   def batched_floor(self) -> dict[str, Program]:
@@ -225,13 +233,13 @@ class LayerForms:
       for kernel, shape in shapes.items()
     }
     x_shape = (*experts, rows, size.d_model)
-    return _programs(
+    return programs(
       name,
       _ffn(size, equations),
       params,
       self._normal(x_shape, size.dtype),
       self._normal(x_shape, 'float32'),
-      self._key,
+      self.key,
     )
 
 

@@ -65,7 +65,11 @@ def draw_layer(measured: Sequence[Any]) -> Figure:
     [_size_label(size) for size in sizes],
   )
   panels[0].invert_yaxis()
-  _legend(figure, panels[0])
+  handles, labels = panels[0].get_legend_handles_labels()
+  figure.legend(
+    handles, labels, loc='outside lower center', ncols=len(labels),
+    fontsize=8, frameon=False,
+  )  # fmt: skip
   return figure
 
 
@@ -103,17 +107,45 @@ def _shares(axes: Axes, shares: dict[str, float], colour: str) -> None:
   axes.invert_yaxis()
 
 
+def draw_peers(compared: Sequence[Any]) -> Figure:
+  """Every peer's time over ours, for each size and mode.
+
+  Args:
+    compared: `peers.Comparison`s; each size has one of each mode.
+  """
+  names = list(dict.fromkeys(n for c in compared for n in c.samples))[1:]
+  colours = dict(zip(names, _COLOURS, strict=False))
+  per_mode = {mode: [c for c in compared if c.mode == mode] for mode in MODES}
+  rows = sum(len(c.samples) for c in per_mode[MODES[0]])
+  figure = Figure(figsize=(11, 1.6 + _ROW * rows), layout='constrained')
+  panels = figure.subplots(1, len(MODES), sharey=True)
+  labels: dict[str, Any] = {}
+  for axes, (mode, here) in zip(panels, per_mode.items(), strict=True):
+    _prepare(axes, mode, 'time of the peer / time of ours')
+    at, middles = 0, []
+    for comparison in here:
+      peers = list(comparison.samples)[1:]
+      middles.append(at + (len(peers) - 1) / 2)
+      for name in peers:
+        _bar(axes, at, comparison.ratio(name), color=colours[name])
+        labels[name] = axes.patches[-1]
+        at += 1
+      at += 1  # room between sizes
+    axes.axvline(1.0, color=GREY, linewidth=1, linestyle='--')
+    axes.margins(x=0.12)
+    axes.set_xlim(left=0)
+    axes.set_yticks(middles, [_size_label(c.size) for c in here])
+  panels[0].invert_yaxis()
+  figure.legend(
+    labels.values(), labels.keys(), loc='outside lower center',
+    ncols=len(labels), fontsize=8, frameon=False,
+  )  # fmt: skip
+  return figure
+
+
 def _size_label(size: Any) -> str:
   return (
     f'E {size.num_experts}, top-{size.choices}\n'
     f'{size.groups} x {size.group_size} tokens\n'
     f'd {size.d_model}, f {size.d_ff}'
   )
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-  handles, labels = axes.get_legend_handles_labels()
-  figure.legend(
-    handles, labels, loc='outside lower center', ncols=len(labels),
-    fontsize=8, frameon=False,
-  )  # fmt: skip

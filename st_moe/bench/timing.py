@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 # A sample lasts at least this long; shorter programs are called repeatedly.
-_MIN_SAMPLE_SECONDS = 0.02
-_MAX_CALLS = 200
+MIN_SAMPLE_SECONDS = 0.02
+MAX_CALLS = 200
 # Above this share of its cores in use by others, a machine is not quiet.
 _QUIET = 0.25
 
@@ -88,7 +88,7 @@ class CompiledForm:
     begin = time.perf_counter()
     self._call()
     seconds = max(time.perf_counter() - begin, 1e-9)
-    self._calls = min(_MAX_CALLS, math.ceil(_MIN_SAMPLE_SECONDS / seconds))
+    self._calls = min(MAX_CALLS, math.ceil(MIN_SAMPLE_SECONDS / seconds))
 
   def measure(self) -> Sample:
     wall, cpu = time.perf_counter(), time.process_time()
@@ -112,10 +112,17 @@ def flops(compiled: Any) -> float | None:
   return (analysis or {}).get('flops')
 
 
-def run_rounds(forms: Sequence[Form], rounds: int) -> dict[str, list[Sample]]:
+def run_rounds(
+  forms: Sequence[Form], rounds: int, pause: float = 0.0
+) -> dict[str, list[Sample]]:
   """Times every form once per round; the order moves on by one each round.
 
   A round before the first is not counted.
+
+  Args:
+    forms: what is timed.
+    rounds: that are counted.
+    pause: seconds of rest before every sample.
 
   Returns:
     {name of a form: one sample per round}.
@@ -124,6 +131,7 @@ def run_rounds(forms: Sequence[Form], rounds: int) -> dict[str, list[Sample]]:
   for index in range(-1, rounds):
     first = max(index, 0) % len(forms)
     for form in (*forms[first:], *forms[:first]):
+      time.sleep(pause)
       sample = form.measure()
       if index >= 0:
         samples[form.name].append(sample)
