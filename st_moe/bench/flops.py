@@ -11,12 +11,13 @@ optimizer count nothing.
     4 x queries x keys x H d_kv for each sequence, masked ones too.
   dense FFN: 2 x tokens x D x F for each kernel (three when gated), in dense
     blocks and beside the experts.
-  experts: the same over the rows that can reach an expert: tokens x K, but at
-    most the slots of all experts.
+  experts: the same over the rows that can reach an expert: tokens x K, but,
+    unless nothing is dropped, at most the slots of all experts.
   routing: 2 x tokens x D x E (more columns with concatenated embeddings).
   softmax: logits, 2 x target tokens x D x vocabulary.
 """
 
+from st_moe.bench.forms import DROPLESS
 from st_moe.config import ModelConfig, RouterConfig, RunConfig
 from st_moe.routing import expert_capacity, num_groups
 from st_moe.stacking import STACKS, depth, sparse_layers
@@ -56,6 +57,8 @@ def _expert_rows(
 ) -> int:
   """Returns how many rows a sparse layer's experts have to process."""
   tokens = config.batch_size // config.microbatches * length
+  if config.model.dispatch in DROPLESS:
+    return tokens * router.num_choices * config.microbatches
   groups = num_groups(tokens, router.group_size or length, shards)
   experts = config.model.num_experts
   capacity = expert_capacity(router, tokens // groups, experts, train=True)

@@ -9,12 +9,17 @@ combine. The floors do the part that cannot be avoided:
     nothing routed. The same weights and the FLOPs of the layer's buffers:
     what is beyond it is ours to answer for.
 
+A dropless backend processes other rows than one with a capacity, so it has
+floors of its own, with its rows shared evenly among the experts, and is
+compared with the others where nothing is dropped.
+
 Forward returns all outputs. Forward+backward is the value and the gradient,
 with respect to the input and all parameters, of sum(y * w) + router losses,
 where w is random, so that no product is known before it is computed. All
 inputs are random numbers, and everything computed is returned.
 """
 
+import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Sequence
@@ -35,6 +40,8 @@ from st_moe.trees import by_name
 
 MODES = ('forward', 'forward+backward')
 BACKENDS: tuple[str, ...] = get_args(BackendName)
+# Those without a capacity: they compute every choice that the policy keeps.
+DROPLESS = frozenset({'ragged'})
 DENSE, BATCHED = 'dense floor', 'batched floor'
 
 # Largest distance of two backends, relative to the norm of what is compared.
@@ -51,19 +58,33 @@ _TOLERANCE = {
 Layer = Callable[[Any, jax.Array, jax.Array], dict[str, Any]]
 
 
-def check_backends(names: Sequence[str] | None) -> tuple[str, ...]:
-  """Returns the backends to time: those named, or all.
+def check_backends(
+  names: Sequence[str] | None, sizes: Sequence[LayerSize]
+) -> tuple[str, ...]:
+  """Returns the backends to time: those named, or all that fit.
+
+  Args:
+    names: None: all.
+    sizes: of the layers.
 
   Raises:
-    UserError: for an unknown name.
+    UserError: for an unknown name, or one that does not fit.
   """
+  choosing = any(size.router.kind == 'expert_choice' for size in sizes)
   for name in names or ():
     if name not in BACKENDS:
       raise UserError(
         f'no backend {name!r} (only {", ".join(BACKENDS)})'
         f'{did_you_mean(name, BACKENDS)}'
       )
-  return tuple(dict.fromkeys(names)) if names else BACKENDS
+    if choosing and name in DROPLESS:
+      raise UserError(
+        f'backend {name!r} drops nothing, and experts that choose take as many '
+        "tokens as they have slots; RouterConfig.kind must be 'token_choice'"
+      )
+  if names:
+    return tuple(dict.fromkeys(names))
+  return tuple(b for b in BACKENDS if not (choosing and b in DROPLESS))
 
 
 def moe_layer(size: LayerSize, backend: str) -> MoeLayer:
@@ -206,16 +227,14 @@ class LayerForms:
       self.key,
     )
 
-  def batched_floor(self) -> dict[str, Program]:
-    """Returns the experts on ready buffers [E, G C, D], by mode."""
-    size = self.size
-    experts = (size.num_experts,)
-    rows = size.slots // size.num_experts
-    return self._floor(BATCHED, ('end,edf->enf', 'enf,efd->end'), experts, rows)
+  def batched_floor(self, name: str, rows: int) -> dict[str, Program]:
+    """Returns the experts on ready buffers [E, rows, D], by mode."""
+    experts = (self.size.num_experts,)
+    return self._floor(name, ('end,edf->enf', 'enf,efd->end'), experts, rows)
 
-  def dense_floor(self, rows: int) -> dict[str, Program]:
+  def dense_floor(self, name: str, rows: int) -> dict[str, Program]:
     """Returns one FFN over `rows` rows [rows, D], by mode."""
-    return self._floor(DENSE, ('nd,df->nf', 'nf,fd->nd'), (), rows)
+    return self._floor(name, ('nd,df->nf', 'nf,fd->nd'), (), rows)
 
   def _floor(
     self,
@@ -243,12 +262,32 @@ class LayerForms:
     )
 
 
-def active_rows(size: LayerSize, output: Any) -> int:
-  """Returns how many slots tokens took, from the output of a forward pass."""
-  kept = np.asarray(
-    output['stats'].expert_kept, np.float64
-  )  # [E], of G C slots
-  return round(float(kept.sum()) * size.slots / size.num_experts)
+def active_rows(size: LayerSize, backend: str, output: Any) -> int:
+  """Returns how many rows tokens took at experts.
+
+  Args:
+    size: of the layer.
+    backend: that made the output.
+    output: of a forward pass.
+  """
+  # A group without a capacity has room for itself at every expert.
+  capacity = size.group_size if backend in DROPLESS else size.capacity
+  kept = np.asarray(output['stats'].expert_kept, np.float64)  # [E], a share
+  return round(float(kept.sum()) * size.groups * capacity)
+
+
+def roomy(size: LayerSize) -> LayerSize:
+  """Returns a layer of as many slots that drops nothing: of fewer tokens."""
+  tokens = size.slots // size.num_experts
+  router = dataclasses.replace(
+    size.router,
+    capacity_formula='fixed',
+    fixed_capacity=tokens,
+    group_size=tokens,
+  )
+  return dataclasses.replace(
+    size, tokens=tokens, group_size=tokens, router=router
+  )
 
 
 def check_agreement(

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from st_moe.bench.forms import BATCHED, DENSE, MODES
 from st_moe.bench.timing import Spread
@@ -40,35 +41,71 @@ def draw_layer(measured: Sequence[Any]) -> Figure:
   Args:
     measured: `layer.Measurement`s; each size has one of each mode.
   """
-  names = [*measured[0].backends(), DENSE]
-  colours = dict(zip(names, [*_COLOURS, *_COLOURS], strict=False))
-  colours[DENSE] = '#b0b0b0'
-  sizes = list(dict.fromkeys(m.size for m in measured))
-  rows = len(sizes) * (len(names) + 1)
-  figure = Figure(figsize=(11, 1.6 + _ROW * rows), layout='constrained')
-  panels = figure.subplots(1, len(MODES), sharey=True)
-  for axes, mode in zip(panels, MODES, strict=True):
-    _prepare(axes, mode, 'time / time of the bare expert matmuls')
-    here = [m for m in measured if m.mode == mode]
-    for index, m in enumerate(here):
-      for at, name in enumerate(names):
-        _bar(
-          axes, index * (len(names) + 1) + at, m.ratio(name, BATCHED),
-          color=colours[name], label=None if index else name,
-        )  # fmt: skip
+  names = list(measured[0].backends())
+  colours = dict(zip(names, _COLOURS, strict=False))
+  for floor in measured[0].rows:
+    if floor.startswith(DENSE):
+      names.append(floor)
+      colours[floor] = '#8c8c8c' if floor == DENSE else '#c4c4c4'
+  groups = {
+    mode: [
+      (m.size, {name: m.ratio(name, BATCHED) for name in names})
+      for m in measured
+      if m.mode == mode
+    ]
+    for mode in MODES
+  }
+  return _grouped_bars(
+    groups, colours, 'time / time of the bare expert matmuls'
+  )
+
+
+def draw_peers(compared: Sequence[Any]) -> Figure:
+  """Every peer's time over ours, for each size and mode.
+
+  Args:
+    compared: `peers.Comparison`s; each size has one of each mode.
+  """
+  names = list(dict.fromkeys(n for c in compared for n in c.samples))[1:]
+  groups = {
+    mode: [
+      (c.size, {name: c.ratio(name) for name in list(c.samples)[1:]})
+      for c in compared
+      if c.mode == mode
+    ]
+    for mode in MODES
+  }
+  colours = dict(zip(names, _COLOURS, strict=False))
+  return _grouped_bars(groups, colours, 'time of the peer / time of ours')
+
+
+def _grouped_bars(
+  groups: dict[str, list[tuple[Any, dict[str, Spread]]]],
+  colours: dict[str, str],
+  unit: str,
+) -> Figure:
+  """One panel for each mode; in it, for each size, a bar for each form."""
+  first = next(iter(groups.values()))
+  rows = sum(len(bars) + 1 for _, bars in first)
+  figure = Figure(figsize=(11, 1.4 + _ROW * rows), layout='constrained')
+  panels = figure.subplots(1, len(groups), sharey=True)
+  for axes, (mode, here) in zip(panels, groups.items(), strict=True):
+    _prepare(axes, mode, unit)
+    at, middles = 0, []
+    for _, bars in here:
+      middles.append(at + (len(bars) - 1) / 2)
+      for name, spread in bars.items():
+        _bar(axes, at, spread, color=colours[name])
+        at += 1
+      at += 1  # room between sizes
     axes.axvline(1.0, color=GREY, linewidth=1, linestyle='--')
     axes.margins(x=0.12)
     axes.set_xlim(left=0)
-  middle = (len(names) - 1) / 2
-  panels[0].set_yticks(
-    [i * (len(names) + 1) + middle for i in range(len(sizes))],
-    [_size_label(size) for size in sizes],
-  )
+    axes.set_yticks(middles, [_size_label(size) for size, _ in here])
   panels[0].invert_yaxis()
-  handles, labels = panels[0].get_legend_handles_labels()
   figure.legend(
-    handles, labels, loc='outside lower center', ncols=len(labels),
-    fontsize=8, frameon=False,
+    [Patch(color=colour) for colour in colours.values()], list(colours),
+    loc='outside lower center', ncols=len(colours), fontsize=8, frameon=False,
   )  # fmt: skip
   return figure
 
@@ -105,42 +142,6 @@ def _shares(axes: Axes, shares: dict[str, float], colour: str) -> None:
   axes.margins(x=0.12)
   axes.set_xlim(left=0)
   axes.invert_yaxis()
-
-
-def draw_peers(compared: Sequence[Any]) -> Figure:
-  """Every peer's time over ours, for each size and mode.
-
-  Args:
-    compared: `peers.Comparison`s; each size has one of each mode.
-  """
-  names = list(dict.fromkeys(n for c in compared for n in c.samples))[1:]
-  colours = dict(zip(names, _COLOURS, strict=False))
-  per_mode = {mode: [c for c in compared if c.mode == mode] for mode in MODES}
-  rows = sum(len(c.samples) for c in per_mode[MODES[0]])
-  figure = Figure(figsize=(11, 1.6 + _ROW * rows), layout='constrained')
-  panels = figure.subplots(1, len(MODES), sharey=True)
-  labels: dict[str, Any] = {}
-  for axes, (mode, here) in zip(panels, per_mode.items(), strict=True):
-    _prepare(axes, mode, 'time of the peer / time of ours')
-    at, middles = 0, []
-    for comparison in here:
-      peers = list(comparison.samples)[1:]
-      middles.append(at + (len(peers) - 1) / 2)
-      for name in peers:
-        _bar(axes, at, comparison.ratio(name), color=colours[name])
-        labels[name] = axes.patches[-1]
-        at += 1
-      at += 1  # room between sizes
-    axes.axvline(1.0, color=GREY, linewidth=1, linestyle='--')
-    axes.margins(x=0.12)
-    axes.set_xlim(left=0)
-    axes.set_yticks(middles, [_size_label(c.size) for c in here])
-  panels[0].invert_yaxis()
-  figure.legend(
-    labels.values(), labels.keys(), loc='outside lower center',
-    ncols=len(labels), fontsize=8, frameon=False,
-  )  # fmt: skip
-  return figure
 
 
 def _size_label(size: Any) -> str:

@@ -15,7 +15,7 @@ from st_moe.bench.timing import LoadWatch, Sample, Spread, load_warning
 from st_moe.errors import UserError
 from st_moe.workdir import git_state, versions, write_json
 
-_TABLE_WIDTH = 110  # columns, where the output is no terminal
+_TABLE_WIDTH = 130  # columns, where the output is no terminal
 _HEAP = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'GLIBC_TUNABLES')
 
 

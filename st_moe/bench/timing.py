@@ -107,7 +107,10 @@ def temp_bytes(compiled: Any) -> int | None:
 
 
 def flops(compiled: Any) -> float | None:
-  """Returns the FLOPs of an executable as XLA counts them, if it does."""
+  """Returns the FLOPs of an executable as XLA counts them, if it does.
+
+  It counts the body of a loop once, and knows nothing of hand-written kernels.
+  """
   analysis = compiled.cost_analysis()
   return (analysis or {}).get('flops')
 
