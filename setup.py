@@ -61,6 +61,8 @@ setup(
     'tpu': ['jax[tpu]>=0.10'],
     'cuda': ['jax[cuda13]>=0.10'],
     'hf': ['safetensors', 'torch', 'transformers'],
+    # What `st_moe bench peers` compares with; torch's CPU build is enough.
+    'peers': ['st-moe-pytorch', 'torch', 'transformers'],
     'test': ['pytest', 'pytest-xdist', 'ruff'],
   },
 )

@@ -65,7 +65,9 @@ def load(text: str) -> RunConfig:
 # Starting
 
 
-@pytest.mark.parametrize('command', [[], ['pretrain']])
+@pytest.mark.parametrize(
+  'command', [[], ['pretrain'], ['bench'], ['bench', 'layer']]
+)
 def test_help_answers_in_under_a_second(command):
   before = resource.getrusage(resource.RUSAGE_CHILDREN)
   result = subprocess.run(
@@ -106,11 +108,16 @@ def test_output_into_a_closed_pipe_is_no_error():
   assert result.stderr == ''
 
 
-def test_pretrain_starts_again_with_the_heap_set_up_once(monkeypatch):
+@pytest.mark.parametrize(
+  'argv', [['pretrain', '--workdir=w'], ['bench', 'layer']]
+)
+def test_what_computes_starts_again_with_the_heap_set_up_once(
+  monkeypatch, argv
+):
   from st_moe import main as module
 
   executed = []
-  monkeypatch.setattr(sys, 'argv', ['st_moe', 'pretrain', '--workdir=w'])
+  monkeypatch.setattr(sys, 'argv', ['st_moe', *argv])
   monkeypatch.setattr(sys, 'platform', 'linux')
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   monkeypatch.delenv('MALLOC_MMAP_THRESHOLD_', raising=False)
@@ -152,6 +159,13 @@ def test_pretrain_starts_again_with_the_heap_set_up_once(monkeypatch):
       ['pretrain', '--workdir=w', '--gin_file=runs/evaluate.gin'],
       'no model is configured; add --gin_file=gin_configs/models/NAME.gin',
     ),
+    (['bench'], 'required: layer|step|peers'),
+    (['bench', 'lair'], "invalid choice: 'lair' (choose from"),
+    (
+      ['bench', 'layer', '--expert=8'],
+      'bench layer has no argument --expert; did you mean --experts?',
+    ),
+    (['bench', 'step'], 'bench step needs --gin_file=FILE'),
     (['config'], 'required: list|show|diff'),
     (['config', 'shwo'], 'config has no action shwo (only list, show, diff)'),
     (['config', 'diff', 'a.gin'], 'config diff takes two gin files, got 1'),

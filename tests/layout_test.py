@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / 'st_moe'
 
@@ -272,15 +274,19 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_no_tensorflow_before_it_is_needed():
-  modules = 'main data.pipeline data.cache data.vocabularies evaluate train'
+  modules = (
+    'main data.pipeline data.cache data.vocabularies evaluate train '
+    'bench.commands'
+  )
   code = '\n'.join(f'import st_moe.{name}' for name in modules.split())
   assert loaded_after(code) & TENSORFLOW == set()
 
 
-def test_help_loads_neither_jax_nor_tensorflow():
+@pytest.mark.parametrize('command', [['pretrain'], ['bench', 'layer']])
+def test_help_loads_neither_jax_nor_tensorflow(command):
   code = (
     'import st_moe.main\n'
-    'try: st_moe.main.main(["pretrain", "--help"])\n'
+    f'try: st_moe.main.main([*{command}, "--help"])\n'
     'except SystemExit as e: assert e.code == 0'
   )
   assert loaded_after(code) & (TENSORFLOW | JAX | {'numpy'}) == set()

@@ -90,6 +90,7 @@ def test_the_core_needs_no_tensorflow(setup_arguments):
     'tpu',
     'cuda',
     'hf',
+    'peers',
     'test',
   }
 

@@ -146,7 +146,8 @@ def measure(
       f'  {active} of {size.tokens * size.choices} choices reach an expert'
       + (kind or f', in {size.slots} slots')
     )
-  say(f'  {agreement}compiled and compared in {time.perf_counter() - begin:.0f} s')
+  seconds = time.perf_counter() - begin
+  say(f'  {agreement}compiled and compared in {seconds:.0f} s')
   measured = []
   for mode, both in compiled.items():
     for form in both.values():

@@ -1,0 +1,133 @@
+"""`st_moe bench peers`: other implementations, with and without torch."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_bench import LAYER, results, small_size
+
+from st_moe.bench import peers
+from st_moe.config import RouterConfig
+from st_moe.main import main
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+
+def without(monkeypatch, *packages):
+  find = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    'find_spec',
+    lambda name, *more: None if name in packages else find(name, *more),
+  )
+
+
+def test_without_peers_it_says_what_to_install(monkeypatch, capsys):
+  without(monkeypatch, 'torch', 'st_moe_pytorch', 'transformers', 'flaxformer')
+  assert main(['bench', 'peers', *LAYER]) == 2
+  err = capsys.readouterr().err
+  assert err.startswith('error: no peer to compare with: st-moe-pytorch: ')
+  assert (
+    "not installed: torch, st_moe_pytorch; pip install 'st_moe[peers]'" in err
+  )
+  assert 'clone github.com/google/flaxformer' in err
+  assert not Path('runs').exists()
+
+
+# Answers like torch_peers.py, with the times it is told.
+CHILD = """
+import json, sys
+settings = json.loads(sys.argv[1])
+if settings['num_experts'] == 2:
+  print(json.dumps({'error': 'ValueError: too few'}), flush=True)
+  sys.exit()
+print(json.dumps({'ready': {}}), flush=True)
+for line in sys.stdin:
+  request = json.loads(line)
+  if settings['d_ff'] == 7:
+    sys.exit(9)
+  wall = {'forward': 10.0, 'forward+backward': 30.0}[request['mode']]
+  print(json.dumps({'wall': wall, 'cpu': 2 * wall}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake_torch(monkeypatch):
+  """A peer's process that needs no torch."""
+  popen = subprocess.Popen
+
+  def start(command, **more):
+    if 'st_moe.bench.torch_peers' in command:
+      command = [sys.executable, '-c', CHILD, command[-1]]
+    return popen(command, **more)
+
+  monkeypatch.setattr(peers.subprocess, 'Popen', start)
+  fake = dataclasses.replace(peers.PEERS[0], packages=())
+  monkeypatch.setattr(peers, 'PEERS', (fake, *peers.PEERS[2:]))
+
+
+def test_a_peer_is_called_in_turns_with_ours(fake_torch, capsys):
+  assert main(['bench', 'peers', *LAYER, '--output=out']) == 0
+  printed = capsys.readouterr().out
+  assert 'flaxformer masked: not installed' in printed
+  found = results('out')
+  assert Path('out/peers.png').stat().st_size > 5000
+  for c, wall in zip(found['comparisons'], (10.0, 30.0), strict=True):
+    peer, ours = c['layers']['st-moe-pytorch'], c['layers']['ours']
+    assert peer['wall_s'] == [wall] * 2
+    ratio = np.median([wall / s for s in ours['wall_s']])
+    assert peer['over_ours']['median'] == pytest.approx(ratio)
+
+
+def test_a_peer_that_fails_is_left_out_with_its_reason(fake_torch, capsys):
+  argv = ['bench', 'peers', *LAYER, '--experts=2', '--output=out']
+  assert main(argv) == 0  # 4 experts work, 2 do not
+  assert (
+    'without st-moe-pytorch: ValueError: too few' in capsys.readouterr().out
+  )
+  compared = results('out')['comparisons']
+  assert {c['size']['num_experts'] for c in compared} == {4}
+
+
+def test_a_peer_that_dies_ends_with_one_line(fake_torch, capsys):
+  assert main(['bench', 'peers', *LAYER, '--d_ff=7', '--output=out']) == 2
+  err = capsys.readouterr().err
+  assert 'the process of st-moe-pytorch ended with status 9' in err
+
+
+@pytest.mark.parametrize(
+  'changes, reason',
+  [
+    ({'router': RouterConfig(num_choices=1, group_size=32)}, 'no top-1'),
+    ({'activations': ('relu',)}, 'GEGLU'),
+    ({'dtype': 'bfloat16'}, 'bfloat16'),
+  ],
+)
+def test_a_peer_without_such_a_layer_is_not_started(changes, reason):
+  assert reason in peers.PEERS[0].why_not(small_size(**changes))
+  assert peers.PEERS[0].why_not(small_size()) is None
+
+
+def test_torch_peers_have_our_widths():
+  pytest.importorskip('torch', reason='needs the extra peers')
+  for name in ('st_moe_pytorch', 'transformers'):
+    pytest.importorskip(name, reason='needs the extra peers')
+  for name, choices, activations in (
+    ('st-moe-pytorch', 2, ('gelu', 'linear')),
+    ('hf-switch', 1, ('relu',)),
+  ):
+    router = RouterConfig(num_choices=choices, group_size=32)
+    size = small_size(router=router, activations=activations)
+    process, greeting = peers.start_child(name, size, seed=0)
+    assert 'ready' in greeting
+    form = peers.ChildForm(name, 'forward+backward', process)
+    assert form.measure().wall > 0
+    process.stdin.close()
+    assert process.wait() == 0
