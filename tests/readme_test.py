@@ -37,7 +37,7 @@ SMALL = [
 ]
 SMALL_BENCH = {
   'layer': ['--tokens=64', '--d_model=16', '--d_ff=16', '--rounds=1'],
-  'step': [*SMALL, '--gin.ModelConfig.vocab_size=2304', '--rounds=1'],
+  'step': [*SMALL, '--gin.STEPS=100', '--rounds=1'],
   'peers': ['--tokens=64', '--d_model=16', '--d_ff=16', '--rounds=1'],
 }
 SENTENCE = 'a router sends each token to two experts and adds what they say {}'

@@ -18,10 +18,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 
+import st_moe
 from st_moe.bench import pictures
 from st_moe.bench.flaxformer_peer import ROUTERS, flaxformer_programs
 from st_moe.bench.forms import MODES, LayerForms
@@ -202,6 +204,8 @@ def start_child(
     'activation': size.activations[0],
     'dtype': size.dtype,
   }
+  # The child finds this package wherever this process found it.
+  paths = [str(Path(st_moe.__file__).parents[1]), os.environ.get('PYTHONPATH')]
   process = subprocess.Popen(
     [
       sys.executable, '-m', 'st_moe.bench.torch_peers', json.dumps(settings)
@@ -209,6 +213,7 @@ def start_child(
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
+    env=os.environ | {'PYTHONPATH': os.pathsep.join(filter(None, paths))},
   )  # fmt: skip
   return process, _ask(process, peer, None)
 
