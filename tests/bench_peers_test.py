@@ -115,6 +115,92 @@ def test_a_peer_without_such_a_layer_is_not_started(changes, reason):
   assert peers.PEERS[0].why_not(small_size()) is None
 
 
+# What flaxformer's layer is given and gives, in as few lines as do it.
+FLAXFORMER = {
+  'components/dense.py': """
+from aqt.jax_legacy.jax import flax_layers, quant_config
+from aqt.jax_legacy.jax import quantization as aqt
+import dataclasses
+HINT = aqt.QuantOps.WeightParams
+@dataclasses.dataclass(frozen=True)
+class MlpBlock:
+  use_bias: bool
+  intermediate_dim: int
+  activations: tuple
+  intermediate_dropout_rate: float
+  final_dropout_rate: float
+  dtype: object
+""",
+  'architectures/moe/routing.py': """
+import dataclasses
+@dataclasses.dataclass(frozen=True)
+class RouterWeights:
+  use_bias: bool
+  dtype: object
+@dataclasses.dataclass(frozen=True)
+class TokensChooseMaskedRouter:
+  router_weights: RouterWeights
+  jitter_noise: float
+  dtype: object
+  ignore_padding_tokens: bool
+  num_selected_experts: int
+  batch_prioritized_routing: bool
+class TokensChooseScatterRouter(TokensChooseMaskedRouter):
+  pass
+""",
+  'architectures/moe/moe_layers.py': """
+import flax.linen as nn
+import jax.numpy as jnp
+class MoeLayer(nn.Module):
+  num_experts: int
+  max_group_size: int
+  train_capacity_factor: float
+  eval_capacity_factor: float
+  expert: object
+  router: object
+  num_expert_partitions: int
+  num_model_partitions: int
+  min_expert_capacity: int
+  dropout_rate: float
+  dtype: object
+  strict_group_size: bool
+  @nn.compact
+  def __call__(self, x):
+    assert x.shape[0] % self.num_experts == 0
+    y = nn.Dense(x.shape[-1])(x)
+    for name in ('auxiliary_loss', 'router_z_loss'):
+      self.sow('intermediates', name, jnp.mean(y).reshape(1, 1))
+    return y
+""",
+}
+
+
+def test_flaxformer_runs_in_this_process_without_aqt(monkeypatch, capsys):
+  for name, text in FLAXFORMER.items():
+    path = Path('flaxformer', name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+  monkeypatch.syspath_prepend('.')
+  without(monkeypatch, 'torch')
+  kept = dict(sys.modules)
+  try:
+    argv = ['bench', 'peers', *LAYER, '--experts=2', '--output=out']
+    assert main(argv) == 0  # 2 groups of 32: for 2 experts, not for 4
+  finally:
+    for name in set(sys.modules) - set(kept):
+      if name.split('.')[0] in ('aqt', 'flaxformer'):
+        del sys.modules[name]
+  reason = 'without flaxformer masked: it needs a multiple of 4 groups, not 2'
+  assert reason in capsys.readouterr().out
+  for comparison in results('out')['comparisons']:
+    assert comparison['size']['num_experts'] == 2
+    assert list(comparison['layers']) == [
+      'flaxformer masked',
+      'flaxformer scatter',
+      'ours',
+    ]
+
+
 def test_torch_peers_have_our_widths():
   pytest.importorskip('torch', reason='needs the extra peers')
   for name in ('st_moe_pytorch', 'transformers'):
