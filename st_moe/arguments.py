@@ -8,8 +8,11 @@ import argparse
 import re
 from typing import Any
 
-from st_moe import __version__
+from st_moe import __version__, bindings
 from st_moe.errors import UserError, did_you_mean
+
+# What the run files in gin_configs/ let one set by a short name.
+MACROS = ('TASK', 'FILES', 'VOCABULARY', 'STEPS', 'BATCH_SIZE', 'LEARNING_RATE')
 
 
 class _Parser(argparse.ArgumentParser):
@@ -49,6 +52,13 @@ def _add_command(
     metavar='NAME=VALUE',
     help='set a macro or a field; usually written --gin.NAME=VALUE, as in '
     '--gin.STEPS=60 --gin.ModelConfig.d_model=128; strings need no quotes',
+  )
+  add(
+    '--module',
+    action='append',
+    default=[],
+    metavar='NAME',
+    help='Python module to import first: it registers your seqio tasks',
   )
   add('--seed', type=int, help='wins over RunConfig.seed and SEED')
   add('--debug', action='store_true', help='show tracebacks and library logs')
@@ -99,7 +109,7 @@ def _add_config(subparsers: Any) -> _Parser:
     'list gin files, show a whole configuration, or compare two',
     'show gin_configs/runs/quickstart.gin --gin.STEPS=60',
   )
-  command.add_argument('action', metavar='list|show|diff')
+  command.add_argument('action', nargs='?', metavar='list|show|diff')
   command.add_argument('files', nargs='*', metavar='FILE', help='gin files')
   return command
 
@@ -126,10 +136,16 @@ def _add_cache(subparsers: Any) -> _Parser:
     subparsers,
     'cache',
     'tokenize text once, for training without TensorFlow',
-    'texts/*.txt --gin.DataConfig.vocabulary=my.model --output=cache',
+    'texts/*.txt --vocabulary=my.model --output=cache',
   )
   command.add_argument(
     'files', nargs='*', metavar='FILE', help="text (default: gin's task)"
+  )
+  command.add_argument(
+    '--vocabulary',
+    metavar='FILE',
+    help="SentencePiece model, 'byte', or 'auto' to train one on the text "
+    '(wins over DataConfig.vocabulary)',
   )
   command.add_argument('--output', required=True, metavar='DIR')
   command.add_argument(
@@ -177,19 +193,40 @@ def parse(argv: list[str]) -> argparse.Namespace:
   if argv[0] not in (*commands, '-h', '--help', '--version'):
     raise UserError(
       f'unknown command {argv[0]} (one of {known})'
-      f'{did_you_mean(argv[0], commands)}'
+      f'{did_you_mean(argv[0], commands) or "; see `st_moe --help`"}'
     )
-  for arg in argv:
-    if arg.startswith('--gin.') and '=' not in arg:
-      raise UserError(f'{arg} needs a value: {arg}=VALUE')
+  if argv[0] in commands:
+    _check_flags(argv[0], argv[1:], commands[argv[0]])
   # argparse has no flags with free names: --gin.X=Y joins --gin_bindings.
   fixed = [re.sub(r'^--gin\.', '--gin_bindings=', arg) for arg in argv]
   args, unknown = parser.parse_known_args(fixed)
   if unknown:
-    flag = unknown[0].partition('=')[0]
-    flags = re.findall(r'--\w+', commands[argv[0]].format_help())
     raise UserError(
-      f'{argv[0]} has no argument {flag}{did_you_mean(flag, flags)}; see '
-      f'`st_moe {argv[0]} --help`'
+      f'{argv[0]} takes no argument {unknown[0]}; see `st_moe {argv[0]} --help`'
     )
   return args
+
+
+def _check_flags(name: str, argv: list[str], command: _Parser) -> None:
+  """Refuses unknown flags, before argparse complains of missing ones."""
+  flags = re.findall(r'--\w+', command.format_help())
+  for arg in argv:
+    flag, equals, value = arg.partition('=')
+    if flag.startswith('--gin.') and not equals:
+      raise UserError(f'{arg} needs a value: {arg}=VALUE')
+    if not flag.startswith('--') or flag == '--' or flag.startswith('--gin.'):
+      continue
+    if flag not in flags:
+      near = _setting(flag, value) or did_you_mean(flag, flags)
+      raise UserError(
+        f'{name} has no argument {flag}'
+        + (near or f'; see `st_moe {name} --help`')
+      )
+
+
+def _setting(flag: str, value: str) -> str:
+  """Returns '; did you mean --gin.STEPS=3?' for `--steps=3`."""
+  word = flag.removeprefix('--').replace('-', '_')
+  known = [name for name in MACROS if name == word.upper()]
+  known += bindings.owners(word.lower())
+  return f'; did you mean --gin.{known[0]}={value or "VALUE"}?' if known else ''

@@ -178,5 +178,9 @@ def test_fillings_are_put_back_where_they_belong():
   answer = '<extra_id_0> router <extra_id_1> token <extra_id_2>'
   assert evaluate.fill_in(masked, answer) == 'A [router] sends each [token] on.'
   assert evaluate.fill_in(masked, 'the <extra_id_1> a <extra_id_9> b') == (
-    'A [] sends each [a] on.'
+    'A [-] sends each [a] on.'
+  )
+  endless = '<extra_id_0> ' + 'of the ' * 40
+  assert evaluate.fill_in('A <extra_id_0> b.', endless) == (
+    'A [of the of the of the of the of the of the of the of the ...] b.'
   )

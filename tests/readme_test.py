@@ -16,6 +16,7 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 # What makes the README's runs small enough for a test.
 SMALL = [
   '--gin.STEPS=2',
+  '--gin.OptimizerConfig.warmup_steps=1',
   '--gin.BATCH_SIZE=8',
   '--gin.ModelConfig.d_model=16',
   '--gin.ModelConfig.d_ff=16',
@@ -89,7 +90,7 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
       argv = [w for w in argv if not w.startswith('--size')] + ['--size=60']
     assert main(argv) == 0, command
     if argv[0] == 'vocab':
-      shutil.copy('my.model', 'spiece.model')
+      shutil.copy('runs/my.model', 'spiece.model')
 
 
 def test_the_tree_names_every_file_of_the_package():

@@ -79,7 +79,11 @@ def config_for(corpus, **changes):
 
 def pretrain(config, workdir):
   train.pretrain(
-    config, workdir, operative_config='', command=['st_moe', 'pretrain']
+    config,
+    workdir,
+    operative_config='',
+    command=['st_moe', 'pretrain'],
+    resume_command='st_moe pretrain --workdir=w',
   )
 
 
@@ -128,7 +132,8 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
 
   monkeypatch.setattr(train.partitioning, 'shard_batch', stop_at_seven)
   pretrain(config, tmp_path / 'broken')
-  assert 'SIGTERM: saved step 7; resume with:' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'SIGTERM: saved step 7; resume with:\n  st_moe pretrain -' in out
   assert not (tmp_path / 'broken' / 'summary.json').exists()
   monkeypatch.undo()
   pretrain(config, tmp_path / 'broken')
@@ -140,8 +145,11 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
     'eval/unigram_neg_log_perplexity',
     'tokens_per_second',
   } <= set(summary)
-  # Starting a finished run again changes nothing.
+  # Starting a finished run again changes nothing, and opens no data.
+  monkeypatch.setattr(train, 'open_data', None)
+  capsys.readouterr()
   pretrain(config, tmp_path / 'broken')
+  assert 'this run finished at step 12' in capsys.readouterr().out
   assert_same_run(tmp_path / 'whole', tmp_path / 'broken')
 
 
