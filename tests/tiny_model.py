@@ -2,13 +2,17 @@
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from st_moe import losses, partitioning, transformer
-from st_moe.config import ModelConfig, RouterConfig
+from st_moe import losses, partitioning, train_state, transformer
+from st_moe.config import MeshConfig, ModelConfig, RouterConfig, RunConfig
+from st_moe.optimizer import make_optimizer
+from st_moe.train_step import init_key
 
 # Every sequence is a group of its own, nothing is random.
 ROUTER = RouterConfig(
@@ -105,6 +109,42 @@ def init_params(config: ModelConfig, seed: int = 0):
 
   shapes = partitioning.unbox(abstract_boxes(config))
   return jax.tree.map_with_path(draw, shapes)
+
+
+def place(
+  params, config: ModelConfig, mesh: jax.sharding.Mesh, mesh_config: MeshConfig
+):
+  """Puts a model's parameters where the mesh wants them."""
+  axes = partitioning.logical_axes(abstract_boxes(config))
+  return jax.device_put(
+    params, partitioning.tree_shardings(params, axes, mesh, mesh_config)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A run that has begun: its mesh and optimizer, and its state on it."""
+
+  mesh: jax.sharding.Mesh
+  abstract: train_state.AbstractState
+  shardings: Any
+  optimizer: Any
+  state: train_state.TrainState
+
+
+def start(config: RunConfig, model=None) -> Run:
+  """Begins a run as `train.start` does, on as many devices as it names."""
+  model = model or transformer.EncoderDecoder(config.model)
+  size = math.prod((config.mesh.data, config.mesh.expert, config.mesh.model))
+  devices = jax.devices()[:size] if size > 0 else None
+  mesh = partitioning.make_mesh(config.mesh, devices)
+  abstract = train_state.abstract_state(config, model)
+  shardings = train_state.state_shardings(abstract, mesh, config.mesh)
+  optimizer = make_optimizer(config.optimizer, abstract.axes, config.steps)
+  state = train_state.create_state(
+    config, model, optimizer, init_key(config.seed), shardings
+  )
+  return Run(mesh, abstract, shardings, optimizer, state)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'train'))
