@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tiny_model import ROOMY, init_params, place, tiny_config
+from tiny_model import ROOMY, apply, init_params, place, tiny_config
 
 from st_moe import evaluate, partitioning
 from st_moe.config import DataConfig, MeshConfig, RunConfig
@@ -91,10 +91,7 @@ def test_losses_are_means_over_all_targets_and_over_text(params):
   placed = place(params, CONFIG.model, mesh, mesh_config)
   scores = evaluate.Evaluator(CONFIG, data, mesh).losses(placed)
   batch = data.batches[0]
-  logits = np.asarray(
-    evaluate.apply_model(CONFIG.model, params, batch, train=False).logits,
-    np.float64,
-  )
+  logits = np.asarray(apply(CONFIG.model, params, batch).logits, np.float64)
   log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   targets = batch['decoder_target_tokens']
   chosen = np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
