@@ -37,6 +37,25 @@ def pytest_addoption(parser):
   )
 
 
+# Files run whole, each on one core: those that take longest begin first.
+LONGEST_FIRST = (
+  'resume_test.py',
+  'readme_test.py',
+  'sharding_equivalence_test.py',
+  'loss_invariance_test.py',
+  'learns_test.py',
+  'transformer_test.py',
+  'moe_test.py',
+  'pipeline_test.py',
+  'tasks_test.py',
+)
+
+
+def pytest_collection_modifyitems(items):
+  rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
+  items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
   """Real text and task files beside the checkout; skips where absent."""
