@@ -48,11 +48,11 @@ install_packages() {  # EXTRAS
   local python="$VENV/bin/python"
   if "$python" -m pip install --quiet --disable-pip-version-check \
     --constraint "$constraints" uv; then
-    "$python" -m uv pip install --python "$python" --constraint "$constraints" \
-      --editable "$target" && return
+    "$python" -m uv --quiet pip install --python "$python" \
+      --constraint "$constraints" --editable "$target" && return
     echo "uv could not install; trying pip" >&2
   fi
-  "$python" -m pip install --disable-pip-version-check \
+  "$python" -m pip install --quiet --disable-pip-version-check \
     --constraint "$constraints" --editable "$target"
 }
 

@@ -8,8 +8,11 @@ import argparse
 import re
 from typing import Any
 
-from st_moe import __version__
+from st_moe import __version__, bindings
 from st_moe.errors import UserError, did_you_mean
+
+# What the run files in gin_configs/ let one set by a short name.
+MACROS = ('TASK', 'FILES', 'VOCABULARY', 'STEPS', 'BATCH_SIZE', 'LEARNING_RATE')
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +36,7 @@ def _add_command(
     epilog=f'Example: st_moe {name} {example}',
     allow_abbrev=False,
   )
-  command.set_defaults(command=name, parser=command)
+  command.set_defaults(command=name)
   add = command.add_argument
   add(
     '--gin_file',
@@ -49,6 +52,13 @@ def _add_command(
     metavar='NAME=VALUE',
     help='set a macro or a field; usually written --gin.NAME=VALUE, as in '
     '--gin.STEPS=60 --gin.ModelConfig.d_model=128; strings need no quotes',
+  )
+  add(
+    '--module',
+    action='append',
+    default=[],
+    metavar='NAME',
+    help='Python module to import first: it registers your seqio tasks',
   )
   add('--seed', type=int, help='wins over RunConfig.seed and SEED')
   add('--debug', action='store_true', help='show tracebacks and library logs')
@@ -99,7 +109,7 @@ def _add_config(subparsers: Any) -> _Parser:
     'list gin files, show a whole configuration, or compare two',
     'show gin_configs/runs/quickstart.gin --gin.STEPS=60',
   )
-  command.add_argument('action', metavar='list|show|diff')
+  command.add_argument('action', nargs='?', metavar='list|show|diff')
   command.add_argument('files', nargs='*', metavar='FILE', help='gin files')
   return command
 
@@ -126,10 +136,16 @@ def _add_cache(subparsers: Any) -> _Parser:
     subparsers,
     'cache',
     'tokenize text once, for training without TensorFlow',
-    'texts/*.txt --gin.DataConfig.vocabulary=my.model --output=cache',
+    'texts/*.txt --vocabulary=my.model --output=cache',
   )
   command.add_argument(
     'files', nargs='*', metavar='FILE', help="text (default: gin's task)"
+  )
+  command.add_argument(
+    '--vocabulary',
+    metavar='FILE',
+    help="SentencePiece model, 'byte', or 'auto' to train one on the text "
+    '(wins over DataConfig.vocabulary)',
   )
   command.add_argument('--output', required=True, metavar='DIR')
   command.add_argument(
@@ -182,7 +198,8 @@ def _add_layer_sizes(command: _Parser) -> None:
   )
 
 
-def _add_bench(subparsers: Any) -> _Parser:
+def _add_bench(subparsers: Any) -> dict[str, _Parser]:
+  """Adds `bench` and its kinds; returns the parser of each by its words."""
   bench = subparsers.add_parser(
     'bench',
     help='measure the sparse layer, the whole step, or other implementations',
@@ -214,16 +231,17 @@ def _add_bench(subparsers: Any) -> _Parser:
   peers.epilog = 'Example: st_moe bench peers --experts=16 --group_size=1024'
   for command in (layer, peers):
     _add_layer_sizes(command)
-  for kind, command in (('layer', layer), ('step', step), ('peers', peers)):
+  by_kind = {'layer': layer, 'step': step, 'peers': peers}
+  for kind, command in by_kind.items():
     command.set_defaults(command='bench', kind=kind)
     command.add_argument(
       '--output', metavar='DIR', help=f'(default: runs/bench/{kind})'
     )
-  return bench
+  return {'bench': bench} | {f'bench {k}': c for k, c in by_kind.items()}
 
 
 def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
-  """Returns the parser of the program and those of its commands."""
+  """Returns the parser of the program and those of its commands, by words."""
   parser = _Parser(
     prog='st_moe',
     description='ST-MoE: sparse T5-style encoder-decoders in JAX.',
@@ -239,7 +257,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
     'config': _add_config(subparsers),
     'vocab': _add_vocab(subparsers),
     'cache': _add_cache(subparsers),
-    'bench': _add_bench(subparsers),
+    **_add_bench(subparsers),
   }
   return parser, commands
 
@@ -251,26 +269,50 @@ def parse(argv: list[str]) -> argparse.Namespace:
     UserError: for an unknown word, with the nearest known one.
   """
   parser, commands = _make_parser()
-  known = ', '.join(commands)
+  known = [words for words in commands if ' ' not in words]
   if not argv:
-    raise UserError(f'no command (one of {known}); see `st_moe --help`')
-  if argv[0] not in (*commands, '-h', '--help', '--version'):
     raise UserError(
-      f'unknown command {argv[0]} (one of {known})'
-      f'{did_you_mean(argv[0], commands)}'
+      f'no command (one of {", ".join(known)}); see `st_moe --help`'
     )
-  for arg in argv:
-    if arg.startswith('--gin.') and '=' not in arg:
-      raise UserError(f'{arg} needs a value: {arg}=VALUE')
+  if argv[0] not in (*known, '-h', '--help', '--version'):
+    raise UserError(
+      f'unknown command {argv[0]} (one of {", ".join(known)})'
+      f'{did_you_mean(argv[0], known) or "; see `st_moe --help`"}'
+    )
+  words = ' '.join(argv[:2])  # 'bench layer'
+  name = words if words in commands else argv[0]
+  if name in commands:
+    _check_flags(name, argv[1:], commands[name])
   # argparse has no flags with free names: --gin.X=Y joins --gin_bindings.
   fixed = [re.sub(r'^--gin\.', '--gin_bindings=', arg) for arg in argv]
   args, unknown = parser.parse_known_args(fixed)
   if unknown:
-    flag = unknown[0].partition('=')[0]
-    command = args.parser.prog.removeprefix('st_moe ')
-    flags = re.findall(r'--\w+', args.parser.format_help())
     raise UserError(
-      f'{command} has no argument {flag}{did_you_mean(flag, flags)}; see '
-      f'`st_moe {command} --help`'
+      f'{name} takes no argument {unknown[0]}; see `st_moe {name} --help`'
     )
   return args
+
+
+def _check_flags(name: str, argv: list[str], command: _Parser) -> None:
+  """Refuses unknown flags, before argparse complains of missing ones."""
+  flags = re.findall(r'--\w+', command.format_help())
+  for arg in argv:
+    flag, equals, value = arg.partition('=')
+    if flag.startswith('--gin.') and not equals:
+      raise UserError(f'{arg} needs a value: {arg}=VALUE')
+    if not flag.startswith('--') or flag == '--' or flag.startswith('--gin.'):
+      continue
+    if flag not in flags:
+      near = _setting(flag, value) or did_you_mean(flag, flags)
+      raise UserError(
+        f'{name} has no argument {flag}'
+        + (near or f'; see `st_moe {name} --help`')
+      )
+
+
+def _setting(flag: str, value: str) -> str:
+  """Returns '; did you mean --gin.STEPS=3?' for `--steps=3`."""
+  word = flag.removeprefix('--').replace('-', '_')
+  known = [name for name in MACROS if name == word.upper()]
+  known += bindings.owners(word.lower())
+  return f'; did you mean --gin.{known[0]}={value or "VALUE"}?' if known else ''

@@ -102,7 +102,7 @@ def _fields(class_name: str) -> list[str]:
   return names + ['preset'] if class_name == 'RouterConfig' else names
 
 
-def _owners(field: str) -> list[str]:
+def owners(field: str) -> list[str]:
   """Returns 'Class.field' for every class that has the field."""
   return [f'{name}.{field}' for name in _CLASSES if field in _fields(name)]
 
@@ -125,8 +125,8 @@ def _check_name(binding: Binding) -> None:
     near = did_you_mean(field, _fields(class_name))
     if field in _PARTS:
       near = f'; bind the fields of {_PARTS[field]}'
-    elif owners := _owners(field):
-      near = f'; did you mean {owners[0]}?'
+    elif having := owners(field):
+      near = f'; did you mean {having[0]}?'
     raise UserError(f'{where}: {class_name} has no field {field}{near}')
 
 
@@ -157,9 +157,9 @@ class Resolver:
     for name, binding in self._macros.items():
       if name not in read:
         near = did_you_mean(name, read - {'gin.REQUIRED'})
-        owners = _owners(name.lower())
-        if owners and not near:
-          near = f'; did you mean {owners[0]}?'
+        having = owners(name.lower())
+        if having and not near:
+          near = f'; did you mean {having[0]}?'
         raise UserError(f'{binding.where}: nothing reads macro {name}{near}')
 
   def _resolve(self, value: Any, where: str, chain: tuple[str, ...]) -> Setting:
@@ -187,15 +187,31 @@ class Resolver:
       if name.rpartition('.')[0] == class_name
     }
 
-  def _build(self, base: Any, settings: dict[str, Setting], **parts) -> Any:
-    """Returns `base` with these fields; an error says where they are bound."""
+  def _build(
+    self,
+    base: Any,
+    settings: dict[str, Setting],
+    *,
+    related: Sequence[str] = (),
+    **parts,
+  ) -> Any:
+    """Returns `base` with these fields; an error says where they are bound.
+
+    Args:
+      base: gives the other fields.
+      settings: by field.
+      related: classes whose fields an error may be about too.
+      **parts: fields that hold a dataclass.
+    """
     values = {field: setting.value for field, setting in settings.items()}
     try:
       return dataclasses.replace(base, **values, **parts)
     except UserError as e:
+      about = [settings, *map(self._settings, related)]
       places = [
         setting.where
-        for field, setting in settings.items()
+        for group in about
+        for field, setting in group.items()
         if re.search(rf'\b{field}\b', str(e))
       ]
       raise UserError(f'{e} ({", ".join(places)})' if places else e) from None
@@ -217,6 +233,7 @@ class Resolver:
     model = self._build(
       ModelConfig(),
       self._settings('ModelConfig'),
+      related=['RouterConfig', *(f'{s}/RouterConfig' for s in _STACKS)],
       encoder_router=self._router('encoder'),
       decoder_router=self._router('decoder'),
     )

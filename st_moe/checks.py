@@ -58,15 +58,17 @@ def _describe(hint: Any) -> str:
     return f'a tuple of {_describe(typing.get_args(hint)[0])}'
   if hint is float:
     return 'a finite number'
+  if hint is bool:
+    return 'True or False'
   return 'None' if hint is types.NoneType else hint.__name__
 
 
 def _suggest(value: Any, hint: Any) -> str:
   """Returns '; did you mean X?' for a misspelt choice or a lower-case bool."""
-  if not isinstance(value, str):
+  if hint is int and isinstance(value, float) and value.is_integer():
+    return f'; write {int(value)}'
+  if not isinstance(value, str) or hint is bool:
     return ''
-  if hint is bool:
-    return did_you_mean(value, ('True', 'False'))
   choices = [hint, *typing.get_args(hint)]
   return did_you_mean(
     value,

@@ -233,19 +233,19 @@ class ModelConfig(Checked):
       router = getattr(self, f'{stack}_router')
       self.require(
         router.num_choices <= self.num_experts,
-        f'{stack}_router.num_choices {router.num_choices} exceeds '
+        f'{stack}/RouterConfig.num_choices {router.num_choices} exceeds '
         f'num_experts {self.num_experts}',
       )
     # A causal decoder must not look at later tokens (appendix D).
     self.require(
       self.decoder_router.kind != 'expert_choice',
-      "decoder_router.kind = 'expert_choice' lets a token's route depend on "
-      "later tokens; use 'token_choice' in the decoder",
+      "decoder/RouterConfig.kind = 'expert_choice' lets a token's route "
+      "depend on later tokens; use 'token_choice' in the decoder",
     )
     self.require(
       self.decoder_router.priority != 'probability',
-      "decoder_router.priority = 'probability' lets a token's route depend on "
-      "later tokens; use 'position' in the decoder",
+      "decoder/RouterConfig.priority = 'probability' lets a token's route "
+      "depend on later tokens; use 'position' in the decoder",
     )
 
   def _check_placement(self) -> None:

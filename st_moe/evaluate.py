@@ -9,6 +9,7 @@ end-of-sequence, which are easy.
 import dataclasses
 import functools
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from st_moe.errors import UserError
 from st_moe.train_state import abstract_state, state_shardings
 from st_moe.transformer import EncoderDecoder, apply_model
 from st_moe.workdir import read_json, with_own_vocabulary, write_json
+
+_SPAN_CHARACTERS = 60  # of a filled span, as it is shown
 
 
 def text_weights(batch: dict[str, np.ndarray], vocabulary: Any) -> np.ndarray:
@@ -151,25 +154,36 @@ def fill_in(masked: str, targets: str) -> str:
   Args:
     masked: text with `<extra_id_k>` where spans were.
     targets: `<extra_id_0> span <extra_id_1> span ...`; what stands under a
-      sentinel that `masked` does not have is left out, and a span that is
-      missing reads [].
+      sentinel that `masked` does not have is left out, a span that is
+      missing or empty reads [-], and one that does not end is cut.
   """
   parts = re.split(r'<extra_id_(\d+)>', targets)
   spans = dict(zip(parts[1::2], parts[2::2], strict=True))
-  return re.sub(
-    r'<extra_id_(\d+)>',
-    lambda found: f'[{spans.get(found[1], "").strip()}]',
-    masked,
-  )
+
+  def span(found: re.Match) -> str:
+    text = ' '.join(spans.get(found[1], '').split()) or '-'
+    return f'[{textwrap.shorten(text, _SPAN_CHARACTERS, placeholder=" ...")}]'
+
+  return re.sub(r'<extra_id_(\d+)>', span, masked)
 
 
 @dataclasses.dataclass(frozen=True)
 class FilledSentence:
-  """A masked sentence, what was there, and what the model wrote."""
+  """A masked sentence, what was there, and what the model wrote.
+
+  Attributes:
+    masked: the input, with sentinels.
+    answer: the target, sentinels and spans.
+    filled: what the model wrote in its place.
+    text: the sentence, its masked spans [in brackets].
+    model: the same with the model's spans.
+  """
 
   masked: str
   answer: str
   filled: str
+  text: str
+  model: str
 
 
 def fill_sentences(
@@ -213,16 +227,19 @@ def fill_sentences(
     max_length=lengths.targets_length,
     eos_id=vocabulary.eos_id,
   )
-  return [
-    FilledSentence(
-      masked=vocabulary.decode(_until(row, vocabulary.eos_id)),
+
+  def sentence(row: np.ndarray, answer: str, output: np.ndarray):
+    masked = vocabulary.decode(_until(row, vocabulary.eos_id))
+    filled = vocabulary.decode(_until(output, vocabulary.eos_id))
+    return FilledSentence(
+      masked=masked,
       answer=answer,
-      filled=vocabulary.decode(_until(output, vocabulary.eos_id)),
+      filled=filled,
+      text=fill_in(masked, answer),
+      model=fill_in(masked, filled),
     )
-    for row, answer, output in zip(
-      inputs, answers, np.asarray(outputs), strict=True
-    )
-  ]
+
+  return list(map(sentence, inputs, answers, np.asarray(outputs)))
 
 
 def _until(ids: np.ndarray, eos_id: int) -> list[int]:
@@ -261,9 +278,7 @@ def evaluate(config: RunConfig, workdir: Path, *, step: int | None) -> None:
   scores: dict[str, Any] = {'step': restored.step, 'task': config.data.task}
   scores |= Evaluator(config, data, mesh).losses(restored.params)
   for name, value in scores.items():
-    print(
-      f'{name:36} {value:.4f}'
-      if isinstance(value, float)
-      else f'{name:36} {value}'
-    )
+    if isinstance(value, float):
+      value = f'{value:.0f}' if name == 'eval/text_tokens' else f'{value:.4f}'
+    print(f'{name:36} {value}')
   write_json(workdir / 'evaluation.json', scores)

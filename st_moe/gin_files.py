@@ -51,6 +51,10 @@ def find(name: str, included_by: Path | None = None) -> Path:
   for root in roots:
     if (root / name).is_file():
       return (root / name).resolve()
+  for root in roots:
+    if (root / name).exists():
+      kind = 'folder' if (root / name).is_dir() else 'device or pipe'
+      raise UserError(f'{name} is a {kind}; give a gin file')
   nearest = did_you_mean(name, names()) or '; see `st_moe config list`'
   by = f'{shown(included_by)}: ' if included_by else ''
   raise UserError(f'{by}no gin file {name}{nearest}')

@@ -6,6 +6,8 @@ are refused. So a gin file is data, wherever it comes from: nothing in it can
 import or call anything, and no global state is left behind. Names, macros and
 types are checked against the dataclasses, with the file and line.
 
+Progress goes to standard output, warnings and errors to standard error.
+
 Exit status: 0 done; 2 the user's input is wrong; 3 the run stopped itself;
 130 interrupted; anything else is our bug.
 """
@@ -14,6 +16,8 @@ import argparse
 import dataclasses
 import logging
 import os
+import shlex
+import signal
 import sys
 import tokenize
 import traceback
@@ -34,6 +38,8 @@ from st_moe.bindings import (
 )
 from st_moe.config import DataConfig, RunConfig
 from st_moe.errors import RunStopped, UserError, did_you_mean
+
+log = logging.getLogger('st_moe.main')  # __name__ may be __main__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +168,14 @@ def _program() -> list[str]:
   return [sys.argv[0]] if program.name == 'st_moe' else ['st_moe']
 
 
+def _resume_command(args: argparse.Namespace) -> str:
+  """Returns what to type to go on with a run: its config.gin has the rest."""
+  flags = [f'--module={module}' for module in args.module]
+  return shlex.join(
+    [*_program(), 'pretrain', f'--workdir={args.workdir}', *flags]
+  )
+
+
 def _pretrain(args: argparse.Namespace) -> None:
   workdir = Path(args.workdir)
   resumed = workdir / 'config.gin'
@@ -179,7 +193,8 @@ def _pretrain(args: argparse.Namespace) -> None:
       'before the run file; see `st_moe config list`'
     )
   config = Resolver(bindings).run_config()
-  _quiet_libraries(args.debug)
+  _prepare(args)
+  log.info('loading JAX')
   from st_moe import train
 
   train.pretrain(
@@ -187,6 +202,7 @@ def _pretrain(args: argparse.Namespace) -> None:
     workdir,
     operative_config=operative_config(config),
     command=[*_program(), *args.argv],
+    resume_command=_resume_command(args),
     allow_config_change=args.allow_config_change,
   )
 
@@ -200,7 +216,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
   files = [str(workdir / 'config.gin'), *args.gin_file]
   config = load_config(files, args.gin_bindings, args.seed)
-  _quiet_libraries(args.debug)
+  _prepare(args)
+  log.info('loading JAX')
   from st_moe import evaluate
 
   evaluate.evaluate(config, workdir, step=args.step)
@@ -213,7 +230,7 @@ def _bench(args: argparse.Namespace) -> None:
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
   config = load_config(args.gin_file, args.gin_bindings, args.seed)
-  _quiet_libraries(args.debug)
+  _prepare(args)
   from st_moe.bench import commands
 
   commands.run(args, config)
@@ -225,8 +242,12 @@ def _data_config(args: argparse.Namespace) -> DataConfig:
   if args.files:
     flags.append(Binding('DataConfig.task', 'text', 'FILE'))
     flags.append(Binding('DataConfig.files', tuple(args.files), 'FILE'))
+  if getattr(args, 'vocabulary', None) is not None:
+    flags.append(
+      Binding('DataConfig.vocabulary', args.vocabulary, '--vocabulary')
+    )
   config = load_config(args.gin_file, flags, args.seed).data
-  _quiet_libraries(args.debug)
+  _prepare(args)
   return config
 
 
@@ -264,13 +285,20 @@ def _config_diff(args: argparse.Namespace) -> None:
     flatten(load_config([*args.gin_file, name], args.gin_bindings, args.seed))
     for name in args.files
   )
-  for name, value in old.items():
-    if value != new[name]:
-      print(f'{name}: {value!r} -> {new[name]!r}')
+  changed = [name for name, value in old.items() if value != new[name]]
+  for name in changed:
+    print(f'{name}: {old[name]!r} -> {new[name]!r}')
+  if not changed:
+    print('no difference')
 
 
 def _config(args: argparse.Namespace) -> None:
   actions = ('list', 'show', 'diff')
+  if args.action is None:
+    raise UserError(
+      f'config needs an action ({", ".join(actions)}); see '
+      '`st_moe config --help`'
+    )
   if args.action not in actions:
     raise UserError(
       f'config has no action {args.action} (only {", ".join(actions)})'
@@ -295,9 +323,30 @@ def _config(args: argparse.Namespace) -> None:
 # Start and end
 
 
-def _quiet_libraries(debug: bool) -> None:
-  """Shows our own log lines, and of the libraries' only errors."""
-  logging.basicConfig(format='%(message)s', level=logging.WARNING)
+def _prepare(args: argparse.Namespace) -> None:
+  """Sets the log up and imports the user's modules."""
+  _prepare_log(args.debug)
+  for module in args.module:
+    from st_moe.data.pipeline import import_tasks
+
+    import_tasks(module)
+
+
+def _prepare_log(debug: bool) -> None:
+  """Shows our own log lines, and of the libraries' only errors.
+
+  What goes on is printed on standard output, among the steps of a run;
+  warnings on standard error.
+  """
+  progress = logging.StreamHandler(sys.stdout)
+  progress.addFilter(lambda record: record.levelno < logging.WARNING)
+  warnings = logging.StreamHandler(sys.stderr)
+  warnings.setLevel(logging.WARNING)
+  logging.basicConfig(
+    format='%(message)s',
+    level=logging.WARNING,
+    handlers=[progress, warnings],
+  )
   logging.getLogger('st_moe').setLevel(logging.INFO)
   if debug:
     return
@@ -371,11 +420,23 @@ _HEAP = {
 }
 
 
+def _stop_at_once(number, frame) -> None:
+  """On SIGTERM outside the training loop, where nothing is to be saved.
+
+  The loop has its own handler. An exception would not do: it may be raised
+  inside a library's callback, and is lost there.
+  """
+  print('SIGTERM: there was nothing to save; start again to go on', flush=True)
+  os._exit(0)
+
+
 def run() -> None:
-  """The console script: sets the heap up for computing, then `main`."""
-  computes = sys.argv[1:2] in (['pretrain'], ['bench'])
+  """The console script: sets the process up for computing, then `main`."""
+  command, helps = sys.argv[1:2], '--help' in sys.argv
+  if command == ['pretrain'] and not helps:
+    signal.signal(signal.SIGTERM, _stop_at_once)
+  computes = command in (['pretrain'], ['bench']) and not helps
   on_cpu = os.environ.get('JAX_PLATFORMS', 'cpu') == 'cpu'
-  computes &= '--help' not in sys.argv
   if sys.platform == 'linux' and computes and on_cpu:
     unset = {k: v for k, v in _HEAP.items() if k not in os.environ}
     if 'MALLOC_MMAP_THRESHOLD_' in unset:

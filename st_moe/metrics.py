@@ -17,7 +17,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -357,23 +357,29 @@ class Progress:
       self._live = Live(
         console=self._console, auto_refresh=False, transient=False
       )
-      real = sys.stderr
-      self._live.start()  # replaces sys.stderr
+      real = sys.stdout, sys.stderr
+      self._live.start()  # replaces sys.stdout and sys.stderr
       self._live.update(Text(f'step {self._step:,}: compiling'), refresh=True)
-      self._redirect_log(real, sys.stderr)
+      self._redirect_log(real, (sys.stdout, sys.stderr))
+    elif self._shown:
+      self._print(['compiling the training step'])
     return self
 
   def __exit__(self, *error) -> None:
     if self._live is not None:
-      shown = sys.stderr
+      shown = sys.stdout, sys.stderr
       self._live.stop()
-      self._redirect_log(shown, sys.stderr)
+      self._redirect_log(shown, (sys.stdout, sys.stderr))
 
-  def _redirect_log(self, old: TextIO, new: TextIO) -> None:
+  def _redirect_log(
+    self, old: tuple[TextIO, TextIO], new: tuple[TextIO, TextIO]
+  ) -> None:
     """Sends log lines where they do not run into the lines shown."""
     for handler in logging.getLogger().handlers:
-      if isinstance(handler, logging.StreamHandler) and handler.stream is old:
-        handler.setStream(new)
+      for was, now in zip(old, new, strict=True):
+        if isinstance(handler, logging.StreamHandler) and handler.stream is was:
+          handler.setStream(now)
+          break
 
   def update(
     self,
@@ -391,15 +397,15 @@ class Progress:
     self._step = step
     if not self._shown:
       return
-    left = f'left {self._time_left()}'
+    left = [f'left {time_left}' for time_left in self._time_left()]
     numbers = describe(scalars)
     routers = describe(health.scalars) if health is not None else []
     if self._live is None:
-      self._print([f'step {step}/{self._total}', *numbers, left, *routers])
+      self._print([f'step {step}/{self._total}', *numbers, *left, *routers])
       return
     bar = ProgressBar(total=self._total, completed=step, width=30)
     head = Table.grid(padding=(0, 2))
-    head.add_row(f'step {step:,}/{self._total:,}', bar, left)
+    head.add_row(f'step {step:,}/{self._total:,}', bar, *left)
     lines = [head, Text('  '.join(numbers))]
     if routers:
       lines.append(Text('routers  ' + '  '.join(routers), style='dim'))
@@ -408,21 +414,22 @@ class Progress:
   def note(self, step: int, scores: dict[str, float]) -> None:
     """Prints a line that stays: the scores of an evaluation."""
     if self._shown:
-      values = [f'{name} {value:.4g}' for name, value in scores.items()]
-      self._print([f'step {step}/{self._total}', *values])
+      values = describe(scores, _SHOWN_SCORES)
+      self._print([f'step {step}/{self._total}', 'held out:', *values])
 
   def _print(self, parts: list[str]) -> None:
     self._console.print(Text('  '.join(parts)))
     self._console.file.flush()
 
-  def _time_left(self) -> str:
+  def _time_left(self) -> list[str]:
+    """Returns what is left as one text, or none before a pace is known."""
     now = self._clock()
     if self._first is None:
       self._first = self._step, now
     steps, seconds = self._step - self._first[0], now - self._first[1]
-    if steps <= 0:
-      return '?'
-    return duration(seconds / steps * (self._total - self._step))
+    if self._step == self._total or steps <= 0:
+      return []
+    return [duration(seconds / steps * (self._total - self._step))]
 
 
 # What is shown of the scalars, in order: name, label, format.
@@ -436,11 +443,22 @@ _SHOWN = (
 )
 
 
-def describe(scalars: dict[str, float]) -> list[str]:
+# The same of an evaluation.
+_SHOWN_SCORES = (
+  ('eval/loss', 'loss', '{:.4f}'),
+  ('eval/neg_log_perplexity', 'negative log perplexity of text', '{:.4f}'),
+  ('eval/accuracy', 'accuracy', '{:.1%}'),
+)
+
+
+def describe(
+  scalars: dict[str, float],
+  shown: Sequence[tuple[str, str, str]] = _SHOWN,
+) -> list[str]:
   """Returns the scalars worth showing, as 'loss 4.2000' and so on."""
   return [
     f'{label} {form.format(scalars[name])}'
-    for name, label, form in _SHOWN
+    for name, label, form in shown
     if name in scalars
   ]
 

@@ -165,12 +165,12 @@ def draw_curves(run: Run) -> Figure:
   unigram = run.last('eval/unigram_neg_log_perplexity')
   if unigram is not None:
     score.axhline(
-      unigram, color=GREY, linestyle='--', label=f'unigram ({unigram:.3f})'
+      unigram, color=GREY, linestyle='--', label=f'unigram ({unigram:.4f})'
     )
   steps, values = run.column('eval/neg_log_perplexity')
   if len(steps):
     score.annotate(
-      f'{values[-1]:.3f}', (steps[-1], values[-1]), xytext=(0, 8),
+      f'{values[-1]:.4f}', (steps[-1], values[-1]), xytext=(0, -14),
       textcoords='offset points', ha='right', fontsize=9, color=BLUE,
     )  # fmt: skip
 
@@ -413,14 +413,16 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _samples(run: Run) -> str:
-  blocks = []
-  for sample in run.summary.get('samples', []):
-    rows = [(key, str(value)) for key, value in sample.items()]
-    blocks.append(_table(rows))
+  blocks = [
+    _table([('text', sample['text']), ('filled', sample['model'])])
+    for sample in run.summary.get('samples', [])
+  ]
   if not blocks:
     return ''
-  return '<h2>Masked sentences, filled by the model</h2>\n' + '<hr>\n'.join(
-    blocks
+  return (
+    '<h2>Masked sentences, filled by the model</h2>\n'
+    '<p>The masked spans stand in brackets: above what was there, below what '
+    'the model wrote, - for nothing.</p>\n' + '<hr>\n'.join(blocks)
   )
 
 

@@ -57,7 +57,7 @@ class StepLog:
     self._pending.append((step, result))
     while len(self._pending) > 1:
       self._finish(*self._pending.pop(0))
-    if step % self._config.log_every == 0:
+    if self._is_logged(step):
       self.flush()
 
   def flush(self) -> None:
@@ -82,8 +82,11 @@ class StepLog:
       self._tokens += row['tokens']
     if row['nonfinite_steps']:
       self._warn(step, row)
-    if step % self._config.log_every == 0:
+    if self._is_logged(step):
       self._write(step, router, now)
+
+  def _is_logged(self, step: int) -> bool:
+    return step % self._config.log_every == 0 or step == self._config.steps
 
   def _warn(self, step: int, row: dict[str, float]) -> None:
     in_a_row = int(row['nonfinite_steps'])

@@ -41,7 +41,6 @@ from st_moe.transformer import EncoderDecoder
 from st_moe.workdir import (
   WorkDirectory,
   open_workdir,
-  resume_command,
   write_json,
 )
 
@@ -123,6 +122,13 @@ def describe_run(
     )
     description['dispatch'] = backend.name
     log.info('dispatch: %s (%s)', backend.name, backend.reason)
+  if config.checkpoint_every > config.steps:
+    log.info(
+      'checkpoints: only one, at the end (RunConfig.checkpoint_every %d is '
+      'more than the %d steps of this run)',
+      config.checkpoint_every,
+      config.steps,
+    )
   return description
 
 
@@ -209,7 +215,6 @@ def start(
   allow_config_change: bool,
 ) -> Trainer:
   """Checks everything, restores or initializes, then writes run.json."""
-  workdir.check_configuration(config, allow=allow_config_change)
   mesh = partitioning.make_mesh(config.mesh)
   data = open_data(
     workdir.data_config(config.data), seed=config.seed, cache_root=None
@@ -227,6 +232,7 @@ def start(
     out_shardings=(shardings, None),
   )
   abstract = shapes.with_shardings(shardings)
+  log.info('building the model')
   with partitioning.use_mesh(mesh):  # what cannot be divided is found here
     train_step.trace(abstract, abstract_batch(config, mesh))
 
@@ -326,6 +332,7 @@ def pretrain(
   *,
   operative_config: str,
   command: list[str],
+  resume_command: str,
   allow_config_change: bool = False,
 ) -> None:
   """Trains a model in `workdir`, from scratch or from where it stopped.
@@ -334,7 +341,8 @@ def pretrain(
     config: the run.
     workdir: its directory; created when absent.
     operative_config: gin text that describes the same run by itself.
-    command: what the user typed, for run.json and the resume message.
+    command: what the user typed, for run.json.
+    resume_command: what to type to go on, shown when the run is stopped.
     allow_config_change: go on although configuration or data changed.
 
   Raises:
@@ -343,6 +351,17 @@ def pretrain(
   """
   directory = open_workdir(workdir)
   try:
+    directory.check_configuration(config, allow=allow_config_change)
+    summary = directory.finished(config.steps)
+    if summary is not None:
+      print(
+        f'{workdir}: this run finished at step {config.steps}; to train on, '
+        'raise the steps and give --allow_config_change, or use another '
+        '--workdir'
+      )
+      print_summary(summary)
+      print(f'report: {write_report(workdir)}', flush=True)
+      return
     trainer = start(
       config,
       directory,
@@ -354,7 +373,7 @@ def pretrain(
     if stopped:
       saved = trainer.checkpointer.latest_step()  # a failed save only warns
       print(f'{stopped}: saved step {saved}; resume with:')
-      print(f'  {resume_command(command)}', flush=True)
+      print(f'  {resume_command}', flush=True)
     else:
       finish(trainer)
     trainer.writer.close()
@@ -367,6 +386,7 @@ def finish(trainer: Trainer) -> None:
   """Writes summary.json and the report; prints what was learned."""
   config, data = trainer.config, trainer.data
   params = trainer.state.params
+  log.info('scoring held-out text, and a unigram distribution to compare')
   summary: dict[str, Any] = {'step': int(trainer.state.step)}
   summary |= trainer.evaluator.losses(params)
   begin = time.monotonic()
@@ -378,9 +398,10 @@ def finish(trainer: Trainer) -> None:
   speeds = metrics.read_column(trainer.workdir.path, 'tokens_per_second')
   if speeds:
     summary['tokens_per_second'] = float(np.median(speeds))
+  log.info('filling masked sentences')
   samples = evaluate.fill_sentences(config, params, data, config.num_samples)
   summary['samples'] = [dataclasses.asdict(sample) for sample in samples]
-  write_json(trainer.workdir.path / 'summary.json', summary)
+  write_json(trainer.workdir.summary_file, summary)
   trainer.writer.flush()
   print_summary(summary)
   print(f'report: {write_report(trainer.workdir.path)}', flush=True)
@@ -389,14 +410,14 @@ def finish(trainer: Trainer) -> None:
 def print_summary(summary: dict[str, Any]) -> None:
   """Prints the end of a run: samples, speed, and the score to beat."""
   for sample in summary['samples']:
-    truth, model = sample['answer'], sample['filled']
-    print(f'  text:  {evaluate.fill_in(sample["masked"], truth)}')
-    print(f'  model: {evaluate.fill_in(sample["masked"], model)}\n')
+    print(f'  text:  {sample["text"]}')
+    print(f'  model: {sample["model"]}\n')
   score = summary['eval/neg_log_perplexity']
   unigram = summary['eval/unigram_neg_log_perplexity']
+  word = 'better' if score >= unigram else 'worse'
   print('held-out negative log perplexity of text tokens, nats per token:')
-  print(f'  model   {score:.3f}')
-  print(f'  unigram {unigram:.3f}   (the model is {score - unigram:+.3f})')
+  print(f'  model   {score:.4f}')
+  print(f'  unigram {unigram:.4f}   ({word} by {abs(score - unigram):.2f})')
   feed = summary['data_tokens_per_second']
   if 'tokens_per_second' in summary:
     used = summary['tokens_per_second']

@@ -69,7 +69,8 @@ def _describe(leaf: Any) -> str:
 
 
 def _shorten(names: Iterable[str]) -> str:
-  names = sorted(names)
+  # Parameters first: the optimizer's slots only follow them.
+  names = sorted(names, key=lambda name: (not name.startswith('params'), name))
   more = len(names) - _SHOWN
   text = ', '.join(names[:_SHOWN])
   return text if more <= 0 else f'{text} and {more} more'

@@ -6,6 +6,7 @@ vocabulary, the checkpoints, the metrics and the report. A directory belongs to
 one configuration and, while a process writes to it, to that process.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
@@ -14,7 +15,6 @@ import os
 import platform
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,18 @@ VOCABULARY_FILE = 'vocabulary.model'
 _RECORDED_PACKAGES = (
   'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'gin-config',
   'seqio', 'tensorflow', 'tensorflow-text', 'sentencepiece', 'grain',
+)  # fmt: skip
+
+# What a run that was killed early may leave before its run.json.
+_BEFORE_RECORD = ('.lock', 'checkpoints', 'config.gin', VOCABULARY_FILE)
+
+# Settings that every parameter tree depends on, as paths in run.json.
+_SHAPES = tuple(
+  f'model.{name}'
+  for name in (
+    'vocab_size', 'd_model', 'd_ff', 'd_kv', 'num_heads', 'num_experts',
+    'num_encoder_layers', 'num_decoder_layers',
+  )
 )  # fmt: skip
 
 
@@ -59,6 +71,11 @@ def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
       rows += differences(old.get(key), new.get(key), name)
     return rows
   return [] if old == new else [f'{prefix}: {old!r} -> {new!r}']
+
+
+def _is_shape(difference: str) -> bool:
+  """Whether no checkpoint of the one configuration fits the other."""
+  return difference.partition(':')[0] in _SHAPES
 
 
 def versions() -> dict[str, str]:
@@ -107,6 +124,7 @@ class WorkDirectory:
 
   path: Path
   _lock: Any
+  _is_new: bool = False
 
   @property
   def checkpoints(self) -> Path:
@@ -132,26 +150,47 @@ class WorkDirectory:
   def run_file(self) -> Path:
     return self.path / 'run.json'
 
+  @property
+  def summary_file(self) -> Path:
+    return self.path / 'summary.json'
+
+  def finished(self, steps: int) -> dict[str, Any] | None:
+    """Returns the summary of a run that has done all its steps, or None."""
+    if not (self.run_file.exists() and self.summary_file.exists()):
+      return None
+    summary = read_json(self.summary_file)
+    saved = self.checkpoints / str(steps)
+    return summary if summary.get('step') == steps and saved.exists() else None
+
   def close(self) -> None:
+    """Frees the directory; one that was made and never used is removed."""
+    if self._is_new and not self.run_file.exists():
+      (self.path / '.lock').unlink(missing_ok=True)
+      with contextlib.suppress(OSError):  # something is in it after all
+        self.path.rmdir()
     self._lock.close()
 
   def check_configuration(self, config: RunConfig, *, allow: bool) -> None:
     """Refuses a directory that was started with another configuration.
 
     Raises:
-      UserError: naming every setting that differs.
+      UserError: naming the settings that differ.
     """
     if not self.run_file.exists():
       return
     old = read_json(self.run_file).get('config')
     new = json.loads(json.dumps(to_dict(config)))
     changed = differences(old, new)
-    if changed and not allow:
+    # What the checkpoint's shapes depend on comes first.
+    changed.sort(key=lambda row: not _is_shape(row))
+    if changed and (not allow or _is_shape(changed[0])):
+      way_out = 'use another --workdir'
+      if not _is_shape(changed[0]):
+        way_out += ', or --allow_config_change to go on with the new one'
       raise UserError(
         f'{self.path} holds a run of a different configuration '
         f'({"; ".join(changed[:5])}{"; ..." if len(changed) > 5 else ""}); '
-        'use another --workdir, or --allow_config_change to go on with the '
-        'new one'
+        f'{way_out}'
       )
 
   def check_data(self, fingerprint: dict[str, Any], *, allow: bool) -> None:
@@ -223,9 +262,22 @@ def open_workdir(path: Path) -> WorkDirectory:
   that ends.
 
   Raises:
-    UserError: when the path is no directory, cannot be written, or another
-      process works in it.
+    UserError: when the path is no directory, cannot be written, holds other
+      things than a run, or another process works in it.
   """
+  is_new = not path.exists()
+  if path.is_dir() and not (path / 'run.json').exists():
+    others = sorted(
+      child.name
+      for child in path.iterdir()
+      if child.name not in _BEFORE_RECORD and child.suffix != '.tmp'
+    )
+    if others:
+      raise UserError(
+        f'--workdir={path} is not empty and holds no run (it has '
+        f'{", ".join(others[:3])}{", ..." if others[3:] else ""}); choose '
+        'another directory'
+      )
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / '.lock').open('a+')
@@ -248,9 +300,4 @@ def open_workdir(path: Path) -> WorkDirectory:
   lock.truncate(0)
   lock.write(f'process {os.getpid()} on {socket.gethostname()}')
   lock.flush()
-  return WorkDirectory(path, lock)
-
-
-def resume_command(command: list[str]) -> str:
-  """Returns what to type to go on with an interrupted run."""
-  return ' '.join(command or sys.argv)
+  return WorkDirectory(path, lock, is_new)

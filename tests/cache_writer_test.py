@@ -26,15 +26,16 @@ def text_of(texts=TEXTS, vocabulary=BYTES, name='x') -> Text:
 
 def write(folder: Path, text=None, *, num_shards=4, **options):
   """Returns the manifest and the names of the shards that were written."""
-  written = []
+  lines = []
   manifest = write_cache(
     DataConfig(),
     folder,
     text or text_of(),
     num_shards=num_shards,
-    report=lambda line: written.append(line.split(':')[0]),
+    report=lines.append,
     **options,
   )
+  written = [line.split(':')[0] for line in lines if ' documents, ' in line]
   return manifest, written
 
 

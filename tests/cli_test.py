@@ -2,6 +2,8 @@
 
 import os
 import resource
+import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -137,6 +139,23 @@ def test_what_computes_starts_again_with_the_heap_set_up_once(
   assert len(executed) == 1
 
 
+def test_sigterm_before_the_first_step_ends_with_0(tmp_path):
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'st_moe', 'pretrain', '--workdir=w']
+    + ['--gin_file=runs/quickstart.gin'],
+    env=os.environ | {'PYTHONPATH': str(ROOT)},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  first = process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  rest, errors = process.communicate()
+  assert first == 'loading JAX\n'
+  assert rest.startswith('SIGTERM: there was nothing to save')
+  assert (process.returncode, errors) == (0, '')
+
+
 # Words on the command line
 
 
@@ -146,6 +165,7 @@ def test_what_computes_starts_again_with_the_heap_set_up_once(
     ([], 'no command (one of pretrain'),
     (['pretran'], 'unknown command pretran (one of '),
     (['pretran'], '; did you mean pretrain?'),
+    (['fly'], '; see `st_moe --help`'),
     (['--seed', '1'], 'unknown command --seed (one of '),
     (['pretrain', '--gin_file=x'], 'required: --workdir'),
     (
@@ -162,11 +182,19 @@ def test_what_computes_starts_again_with_the_heap_set_up_once(
     (['bench'], 'required: layer|step|peers'),
     (['bench', 'lair'], "invalid choice: 'lair' (choose from"),
     (
-      ['bench', 'layer', '--expert=8'],
-      'bench layer has no argument --expert; did you mean --experts?',
+      ['bench', 'layer', '--exprts=8'],
+      'bench layer has no argument --exprts; did you mean --experts?',
     ),
     (['bench', 'step'], 'bench step needs --gin_file=FILE'),
-    (['config'], 'required: list|show|diff'),
+    (['pretrain', '--steps=3'], '--steps; did you mean --gin.STEPS=3?'),
+    (
+      ['pretrain', '--d-model=64'],
+      '--d-model; did you mean --gin.ModelConfig.d_model=64?',
+    ),
+    (['pretrain', '--workdr=w'], 'no argument --workdr; did you mean --work'),
+    (['pretrain', '--workdir=w', 'x'], 'pretrain takes no argument x'),
+    (['pretrain', '--workdir=w', '--gin_file=.'], '. is a folder; give a gin'),
+    (['config'], 'config needs an action (list, show, diff); see `st_moe'),
     (['config', 'shwo'], 'config has no action shwo (only list, show, diff)'),
     (['config', 'diff', 'a.gin'], 'config diff takes two gin files, got 1'),
     (['config', 'list', 'a.gin'], 'config list takes no files, got 1'),
@@ -236,6 +264,8 @@ def test_the_resume_command_can_be_typed(trained, monkeypatch):
     monkeypatch.setattr(sys, 'argv', [program])
     assert main(argv) == 0
     assert trained[-1]['command'] == [*typed, *argv]
+    resume = shlex.split(trained[-1]['resume_command'])
+    assert resume == [*typed, 'pretrain', '--workdir=w']
 
 
 # pretrain
@@ -257,6 +287,7 @@ def test_pretrain_hands_over_configuration_and_command(trained):
     'workdir': Path('runs/a'),
     'operative_config': operative_config(config),
     'command': ['st_moe', *argv],
+    'resume_command': 'st_moe pretrain --workdir=runs/a',
     'allow_config_change': False,
   }
 
@@ -315,13 +346,31 @@ def test_vocab_takes_task_and_size_from_gin(prepared):
 
 
 def test_cache_hands_over_its_flags(prepared):
-  argv = ['cache', 'a.txt', '--output=c', '--gin.DataConfig.vocabulary=byte']
+  argv = ['cache', 'a.txt', '--output=c', '--vocabulary=byte']
   assert main(argv) == 0
   assert main([*argv, '--num_shards=4', '--shard=0/2']) == 0
   assert [(c.vocabulary, output, more) for c, output, more in prepared] == [
     ('byte', Path('c'), {'shard': None}),
     ('byte', Path('c'), {'shard': '0/2', 'num_shards': 4}),
   ]
+
+
+def test_a_module_registers_tasks_before_the_data_is_opened(prepared, error):
+  seqio = pytest.importorskip('seqio')
+  write(
+    'my_tasks.py',
+    'import seqio\n'
+    'features = {"targets": seqio.Feature(seqio.ByteVocabulary(100))}\n'
+    'source = seqio.TextLineDataSource({"train": "a.txt"})\n'
+    'seqio.TaskRegistry.add("mine", source=source, preprocessors=[], '
+    'output_features=features)\n',
+  )
+  argv = ['cache', '--gin.DataConfig.task=mine', '--output=c']
+  assert main([*argv, '--module=my_tasks']) == 0
+  assert 'mine' in seqio.TaskRegistry.names()
+  assert len(prepared) == 1
+  missing = error(*argv, '--module=my_taks')
+  assert missing.startswith('--module=my_taks: no such module in ')
 
 
 # config
@@ -363,7 +412,7 @@ def test_config_diff_prints_what_differs(capsys):
   assert (
     main(['config', 'diff', 'a.gin', 'a.gin', '--gin.RunConfig.seed=3']) == 0
   )
-  assert capsys.readouterr().out == ''
+  assert capsys.readouterr().out == 'no difference\n'
   assert main(['config', 'diff', 'a.gin', 'b.gin']) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == 'RunConfig.steps: 1 -> 2'

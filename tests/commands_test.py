@@ -70,6 +70,10 @@ def test_cache_writes_what_training_reads(config, tmp_path):
   cache_command(config, folder, shard='1/2', **options)
   tokens = sum(len(text_number(i)) for i in range(200) if i % 10 != 9)
   assert lines[-1].startswith(f'{folder}: {tokens} training tokens; train')
+  cache_command(
+    config, folder, num_shards=2, cache_root=tmp_path, report=lines.append
+  )
+  assert lines[-2] == f'{folder}: already complete, nothing to write'
   data = open_cache(
     DataConfig(**vars(config) | {'task': 'cache', 'cache_dir': str(folder)}),
     seed=0,
@@ -92,10 +96,16 @@ def test_a_cache_of_a_cache_is_refused(config, tmp_path):
 def test_paths_that_cannot_be_written_are_named(config, tmp_path):
   config = DataConfig(**vars(config) | {'vocabulary': 'byte'})
   (tmp_path / 'file').write_text('no folder')
-  for command in (
-    lambda: vocab_command(config, tmp_path / 'file' / 'x.model', 50),
-    lambda: cache_command(config, tmp_path / 'file' / 'cache'),
-    lambda: cache_command(config, tmp_path / 'file'),
+  for command, message in (
+    (
+      lambda: vocab_command(config, tmp_path / 'file' / 'x.model', 50),
+      'file/x.model cannot be written: .*file is no folder',
+    ),
+    (
+      lambda: cache_command(config, tmp_path / 'file' / 'cache'),
+      'file.* cannot be written: ',
+    ),
+    (lambda: cache_command(config, tmp_path / 'file'), 'file is a file'),
   ):
-    with pytest.raises(UserError, match='file.* cannot be written: '):
+    with pytest.raises(UserError, match=message):
       command()

@@ -37,11 +37,11 @@ def error_of(cls, **fields) -> str:
     (ModelConfig, {'d_model': True}, 'ModelConfig.d_model must be int'),
     (ModelConfig, {'d_model': 1.5}, 'ModelConfig.d_model must be int, got 1.5'),
     (ModelConfig, {'d_model': None}, 'must be int, got None'),
-    (ModelConfig, {'scan_layers': 1}, 'ModelConfig.scan_layers must be bool'),
+    (ModelConfig, {'scan_layers': 1}, 'scan_layers must be True or False'),
     (
       RunConfig,
       {'tensorboard': 'true'},
-      "must be bool, got 'true'; did you mean True?",
+      "must be True or False, got 'true'",
     ),
     (
       ModelConfig,
@@ -116,7 +116,7 @@ def test_a_value_out_of_range_is_refused_with_the_range(cls, fields, message):
     (
       ModelConfig,
       {'num_experts': 1},
-      'encoder_router.num_choices 2 exceeds num_experts 1',
+      'encoder/RouterConfig.num_choices 2 exceeds num_experts 1',
     ),
     (
       ModelConfig,

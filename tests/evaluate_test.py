@@ -5,36 +5,26 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny_model import ROOMY, apply, init_params, place, tiny_config
 
 from st_moe import evaluate, partitioning
-from st_moe.config import (
-  DataConfig,
-  MeshConfig,
-  ModelConfig,
-  RouterConfig,
-  RunConfig,
-)
+from st_moe.config import DataConfig, MeshConfig, RunConfig
 from st_moe.data.vocabularies import load_vocabulary
-from st_moe.transformer import EncoderDecoder
 
 VOCABULARY = load_vocabulary('byte', extra_ids=10)  # 3 + 256 + 10 = 269 ids
 SENTINEL = VOCABULARY.sentinel_id(0)
 EOS = VOCABULARY.eos_id
 
-ROUTER = RouterConfig(eval_capacity_factor=4.0)  # room for every choice
+# Every expert has room for every token (capacity factor 4 with 4 experts), so
+# that a row's score depends neither on the rows beside it nor on the number of
+# devices, over which rows are grouped.
 CONFIG = RunConfig(
-  model=ModelConfig(
+  model=tiny_config(
+    ROOMY,
     vocab_size=272,
-    d_model=16,
-    d_ff=32,
-    d_kv=8,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    num_experts=4,
-    sparse_every=2,
-    encoder_router=ROUTER,
-    decoder_router=ROUTER,
+    sparse_every=1,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
   ),
   data=DataConfig(vocabulary='byte', inputs_length=12, targets_length=6),
   batch_size=8,
@@ -80,19 +70,10 @@ def eight_rows():
 
 @pytest.fixture(scope='module')
 def params():
-  boxed = EncoderDecoder(CONFIG.model).init(
-    jax.random.key(0),
-    **{
-      key: value
-      for key, value in eight_rows().items()
-      if key != 'decoder_loss_weights'
-    },
-    train=False,
-  )
-  return partitioning.unbox(boxed['params'])
+  return init_params(CONFIG.model)
 
 
-def mesh():
+def one_device():
   return partitioning.make_mesh(MeshConfig(), jax.devices()[:1])
 
 
@@ -105,12 +86,12 @@ def test_sentinels_end_of_sequence_and_padding_are_no_text():
 
 def test_losses_are_means_over_all_targets_and_over_text(params):
   data = FakeData([eight_rows(), eight_rows()])
-  scores = evaluate.Evaluator(CONFIG, data, mesh()).losses(params)
+  mesh_config = MeshConfig(data=2, expert=2, model=2)
+  mesh = partitioning.make_mesh(mesh_config)
+  placed = place(params, CONFIG.model, mesh, mesh_config)
+  scores = evaluate.Evaluator(CONFIG, data, mesh).losses(placed)
   batch = data.batches[0]
-  logits = np.asarray(
-    evaluate.apply_model(CONFIG.model, params, batch, train=False).logits,
-    np.float64,
-  )
+  logits = np.asarray(apply(CONFIG.model, params, batch).logits, np.float64)
   log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   targets = batch['decoder_target_tokens']
   chosen = np.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
@@ -138,8 +119,11 @@ def test_rows_without_weight_change_nothing(params):
   half = {key: value[:4] for key, value in full.items()}
   doubled = {key: np.concatenate([v, v]) for key, v in half.items()}
 
+  data = FakeData([])
+  evaluator = evaluate.Evaluator(CONFIG, data, one_device())
+
   def score(batch):
-    evaluator = evaluate.Evaluator(CONFIG, FakeData([batch]), mesh())
+    data.batches = [batch]
     return evaluator.losses(params)['eval/loss']
 
   np.testing.assert_allclose(score(padded), score(doubled), rtol=1e-5)
@@ -152,7 +136,7 @@ def test_the_unigram_baseline_by_hand():
   assert counts[40] == 3 and counts[41] == 1 and counts.sum() == 4
   assert tokens == 12 + 6
   held_out = make_batch([[SENTINEL, 40, 41, 99, EOS, 0]])
-  evaluator = evaluate.Evaluator(CONFIG, FakeData([held_out]), mesh())
+  evaluator = evaluate.Evaluator(CONFIG, FakeData([held_out]), one_device())
   expected = np.log([4 / 276, 2 / 276, 1 / 276]).mean()
   np.testing.assert_allclose(
     evaluate.unigram_neg_log_perplexity(counts, evaluator), expected, rtol=1e-9
@@ -178,5 +162,9 @@ def test_fillings_are_put_back_where_they_belong():
   answer = '<extra_id_0> router <extra_id_1> token <extra_id_2>'
   assert evaluate.fill_in(masked, answer) == 'A [router] sends each [token] on.'
   assert evaluate.fill_in(masked, 'the <extra_id_1> a <extra_id_9> b') == (
-    'A [] sends each [a] on.'
+    'A [-] sends each [a] on.'
+  )
+  endless = '<extra_id_0> ' + 'of the ' * 40
+  assert evaluate.fill_in('A <extra_id_0> b.', endless) == (
+    'A [of the of the of the of the of the of the of the of the ...] b.'
   )

@@ -24,6 +24,7 @@ RUNS = {
     ['models/st_moe_l.gin', 'runs/pretrain.gin'],
     ['VOCABULARY=spiece.model'],
   ),
+  'small': (['models/tiny.gin', 'runs/small.gin'], []),
   'evaluate': (['models/st_moe_l.gin', 'runs/evaluate.gin'], ['TASK=c4']),
 }
 
@@ -174,7 +175,7 @@ def test_a_run_resolves_and_its_operative_config_alone_gives_it_again(
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run_opens_with_its_contract(name):
   text = header(f'runs/{name}.gin')
-  command = 'pretrain' if name == 'quickstart' else name
+  command = 'evaluate' if name == 'evaluate' else 'pretrain'
   assert f'st_moe {command}' in text
   for promise in ('Cost', 'You see', 'Macros'):
     assert promise in text
@@ -184,7 +185,7 @@ def test_a_run_opens_with_its_contract(name):
     assert re.search(rf'^ *{macro.name} ', text, re.MULTILINE), macro.name
 
 
-@pytest.mark.parametrize('name', ['quickstart', 'pretrain'])
+@pytest.mark.parametrize('name', ['quickstart', 'small', 'pretrain'])
 def test_a_training_run_exposes_the_common_macros(name):
   bindings = read_file(gin_files.find(f'runs/{name}.gin'))
   macros = {b.name for b in bindings if b.is_macro}
@@ -198,7 +199,7 @@ def test_a_training_run_exposes_the_common_macros(name):
   assert config.optimizer.learning_rate == 0.5
 
 
-@pytest.mark.parametrize('name', ['quickstart', 'pretrain'])
+@pytest.mark.parametrize('name', ['quickstart', 'small', 'pretrain'])
 def test_a_run_s_lengths_are_what_span_corruption_fills(name):
   # Raw windows of t tokens become d inputs and n targets: T5's rule, mean span
   # 3 and density 0.15, end of sequence included.
@@ -214,7 +215,7 @@ def test_a_run_s_lengths_are_what_span_corruption_fills(name):
   assert lengths(window) == (data.inputs_length, data.targets_length)
 
 
-@pytest.mark.parametrize('name', ['quickstart', 'pretrain'])
+@pytest.mark.parametrize('name', ['quickstart', 'small', 'pretrain'])
 def test_a_run_s_vocabulary_fits_its_model(name):
   config = load_run(name)
   ids = config.data.auto_vocabulary_size + config.data.extra_ids

@@ -11,10 +11,10 @@ import jax
 import pytest
 from tiny_model import (
   ROUTER,
-  abstract_boxes,
   assert_trees_close,
   init_params,
   loss_and_gradients,
+  place,
   tiny_batch,
   tiny_config,
 )
@@ -42,11 +42,7 @@ def run(config, mesh_config=None):
     (_, metrics), gradients = loss_and_gradients(config, params, tiny_batch())
   else:
     mesh = partitioning.make_mesh(mesh_config)
-    boxes = abstract_boxes(config)
-    axes = partitioning.logical_axes(boxes)
-    params = jax.device_put(
-      params, partitioning.tree_shardings(params, axes, mesh, mesh_config)
-    )
+    params = place(params, config, mesh, mesh_config)
     with partitioning.use_mesh(mesh):
       batch = partitioning.shard_batch(tiny_batch(), mesh)
       (_, metrics), gradients = loss_and_gradients(config, params, batch)

@@ -289,11 +289,12 @@ def test_elsewhere_progress_is_one_plain_line_per_update():
     progress.update(20, scalars | {'tokens_per_second': 12345.6}, HEALTH)
     progress.note(20, {'eval/loss': 4.5})
   assert file.getvalue().splitlines() == [
-    'step 10/1000  loss 4.2500  lr 1.00e-02  left ?  dropped 1.2%  '
+    'compiling the training step',
+    'step 10/1000  loss 4.2500  lr 1.00e-02  dropped 1.2%  '
     'entropy 1.99 nats  max load 2.30x',
     'step 20/1000  loss 4.2500  lr 1.00e-02  tokens/s 12,346  left 8m10s  '
     'dropped 1.2%  entropy 1.99 nats  max load 2.30x',
-    'step 20/1000  eval/loss 4.5',
+    'step 20/1000  held out:  loss 4.5000',
   ]
 
 
@@ -310,7 +311,7 @@ def test_a_terminal_shows_the_same_numbers_in_place(monkeypatch):
   assert re.search(r'step 70/100 .*━.* left 3s', text)
   assert 'loss 4.1250' in text
   assert 'routers  dropped 1.2%  entropy 1.99 nats  max load 2.30x' in text
-  assert 'eval/loss 4.5' in text
+  assert 'held out:  loss 4.5000' in text
   assert '\x1b[' in text  # moves the cursor instead of scrolling
 
 

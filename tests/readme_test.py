@@ -17,13 +17,15 @@ README = (ROOT / 'README.md').read_text(encoding='utf-8')
 # What makes the README's runs small enough for a test.
 SMALL = [
   '--gin.STEPS=2',
+  '--gin.OptimizerConfig.warmup_steps=1',
   '--gin.BATCH_SIZE=8',
   '--gin.ModelConfig.d_model=16',
   '--gin.ModelConfig.d_ff=16',
   '--gin.ModelConfig.d_kv=8',
   '--gin.ModelConfig.num_heads=2',
-  '--gin.ModelConfig.num_encoder_layers=4',
-  '--gin.ModelConfig.num_decoder_layers=4',
+  '--gin.ModelConfig.num_encoder_layers=1',
+  '--gin.ModelConfig.num_decoder_layers=1',
+  '--gin.ModelConfig.sparse_every=1',
   '--gin.ModelConfig.num_experts=4',
   '--gin.ModelConfig.activation_dtype=float32',
   '--gin.MeshConfig.data=-1',
@@ -101,7 +103,7 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
       status = 2 if argv[1] == 'peers' and alone else 0
     assert main(argv) == status, command
     if argv[0] == 'vocab':
-      shutil.copy('my.model', 'spiece.model')
+      shutil.copy('runs/my.model', 'spiece.model')
 
 
 def test_the_tree_names_every_file_of_the_package():

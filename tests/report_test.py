@@ -44,7 +44,7 @@ def test_a_finished_run_has_pictures_and_a_page(tmp_path):
   summary = {
     'eval/neg_log_perplexity': -5.125,
     'eval/unigram_neg_log_perplexity': -6.5,
-    'samples': [{'masked': 'a <extra_id_0> & c', 'filled': 'b'}],
+    'samples': [{'text': 'a [b] & c', 'model': 'a [-] & c'}],
   }
   (tmp_path / 'summary.json').write_text(json.dumps(summary))
   info = {
@@ -69,7 +69,8 @@ def test_a_finished_run_has_pictures_and_a_page(tmp_path):
   assert rows['held-out negative log perplexity, text'] == '-5.1250'
   assert rows['the same of the unigram distribution'] == '-6.5000'
   assert rows['tokens per second'] == '1,000'
-  assert rows['masked'] == 'a &lt;extra_id_0&gt; &amp; c'
+  assert rows['text'] == 'a [b] &amp; c'
+  assert rows['filled'] == 'a [-] &amp; c'
   assert rows['parameters'] == 'total 1,234,567, expert 1,000,000'
   assert rows['model'] == 'd_model 64, num_experts 4'
   assert rows['command'] == 'st_moe pretrain --workdir=&lt;here&gt;'

@@ -13,32 +13,26 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from tiny_model import tiny_config
 
 from st_moe import train
 from st_moe.config import (
   DataConfig,
   MeshConfig,
-  ModelConfig,
   OptimizerConfig,
   RouterConfig,
   RunConfig,
 )
 from st_moe.errors import RunStopped
+from st_moe.main import main
 
-ROUTER = RouterConfig(group_size=64)  # second choices are drawn at random
 CONFIG = RunConfig(
-  model=ModelConfig(
+  model=tiny_config(
+    RouterConfig(group_size=64),  # second choices are drawn at random
     vocab_size=384,
-    d_model=16,
-    d_ff=32,
-    d_kv=8,
-    num_heads=2,
-    num_encoder_layers=2,
-    num_decoder_layers=2,
-    num_experts=4,
-    sparse_every=2,
-    encoder_router=ROUTER,
-    decoder_router=ROUTER,
+    sparse_every=1,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
     dropout_rate=0.1,
   ),
   optimizer=OptimizerConfig(schedule='constant', learning_rate=0.01),
@@ -50,7 +44,7 @@ CONFIG = RunConfig(
   eval_batches=2,
   checkpoint_every=5,
   unigram_batches=2,
-  num_samples=1,
+  num_samples=0,
 )
 
 
@@ -79,7 +73,11 @@ def config_for(corpus, **changes):
 
 def pretrain(config, workdir):
   train.pretrain(
-    config, workdir, operative_config='', command=['st_moe', 'pretrain']
+    config,
+    workdir,
+    operative_config='',
+    command=['st_moe', 'pretrain'],
+    resume_command='st_moe pretrain --workdir=w',
   )
 
 
@@ -128,7 +126,8 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
 
   monkeypatch.setattr(train.partitioning, 'shard_batch', stop_at_seven)
   pretrain(config, tmp_path / 'broken')
-  assert 'SIGTERM: saved step 7; resume with:' in capsys.readouterr().out
+  out = capsys.readouterr().out
+  assert 'SIGTERM: saved step 7; resume with:\n  st_moe pretrain -' in out
   assert not (tmp_path / 'broken' / 'summary.json').exists()
   monkeypatch.undo()
   pretrain(config, tmp_path / 'broken')
@@ -140,8 +139,11 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
     'eval/unigram_neg_log_perplexity',
     'tokens_per_second',
   } <= set(summary)
-  # Starting a finished run again changes nothing.
+  # Starting a finished run again changes nothing, and opens no data.
+  monkeypatch.setattr(train, 'open_data', None)
+  capsys.readouterr()
   pretrain(config, tmp_path / 'broken')
+  assert 'this run finished at step 12' in capsys.readouterr().out
   assert_same_run(tmp_path / 'whole', tmp_path / 'broken')
 
 
@@ -162,10 +164,13 @@ def test_the_run_stops_itself_when_steps_stay_non_finite(
 def test_kill_9_at_random_moments_from_the_command_line(corpus, tmp_path):
   """Real processes, reading a cache: no TensorFlow, quick to start."""
 
-  def st_moe(*args):
-    return [sys.executable, '-m', 'st_moe', *args]
-
-  env = os.environ | {'XLA_FLAGS': '', 'PYTHONPATH': os.getcwd()}
+  env = os.environ | {
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    'PYTHONPATH': os.getcwd(),
+    # The run that nobody kills compiles for all.
+    'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'jax'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
   settings = [
     '--gin_file=models/tiny.gin',
     '--gin_file=runs/pretrain.gin',
@@ -173,34 +178,26 @@ def test_kill_9_at_random_moments_from_the_command_line(corpus, tmp_path):
     '--gin.STEPS=24',
     '--gin.BATCH_SIZE=4',
     '--gin.ModelConfig.d_model=32',
-    '--gin.ModelConfig.num_encoder_layers=2',
-    '--gin.ModelConfig.num_decoder_layers=2',
-    '--gin.ModelConfig.sparse_every=2',
+    '--gin.ModelConfig.num_encoder_layers=1',
+    '--gin.ModelConfig.num_decoder_layers=1',
+    '--gin.ModelConfig.sparse_every=1',
     '--gin.RunConfig.log_every=3',
     '--gin.RunConfig.eval_every=12',
     '--gin.RunConfig.eval_batches=1',
     '--gin.RunConfig.checkpoint_every=4',
+    '--gin.RunConfig.num_samples=0',
     '--gin.DataConfig.vocabulary=byte',
     '--gin.DataConfig.inputs_length=32',
     '--gin.DataConfig.targets_length=16',
     '--gin.DataConfig.holdout_every=10',
   ]
   cache = tmp_path / 'cache'
-  subprocess.run(
-    st_moe(
-      'cache',
-      *settings,
-      '--gin.TASK=text',
-      f'--gin.DataConfig.files={corpus}',
-      f'--output={cache}',
-    ),  # fmt: skip
-    check=True,
-    env=env,
-  )
+  text = ['--gin.TASK=text', f'--gin.DataConfig.files={corpus}']
+  assert main(['cache', *settings, *text, f'--output={cache}']) == 0
   settings += ['--gin.TASK=cache', f'--gin.DataConfig.cache_dir={cache}']
 
-  def command(workdir):
-    return st_moe('pretrain', *settings, f'--workdir={workdir}')
+  def arguments(workdir):
+    return ['pretrain', *settings, f'--workdir={workdir}']
 
   without_tensorflow = (
     'import sys\n'
@@ -209,16 +206,17 @@ def test_kill_9_at_random_moments_from_the_command_line(corpus, tmp_path):
     'assert not {"tensorflow", "seqio"} & set(sys.modules)\n'
     'sys.exit(status)\n'
   )
-  arguments = command(tmp_path / 'whole')[3:]  # after python -m st_moe
+  whole = arguments(tmp_path / 'whole')
   subprocess.run(
-    [sys.executable, '-c', without_tensorflow, *arguments], check=True, env=env
+    [sys.executable, '-c', without_tensorflow, *whole], check=True, env=env
   )
   broken = tmp_path / 'broken'
+  command = [sys.executable, '-m', 'st_moe', *arguments(broken)]
   rng = random.Random(0)
   kills = 0
   while not (broken / 'summary.json').exists():
     written = lines_in(broken)
-    child = subprocess.Popen(command(broken), env=env)
+    child = subprocess.Popen(command, env=env)
     # The first three are killed some lines and moments after they began.
     enough = written + rng.randint(1, 4) if kills < 3 else 1000
     while child.poll() is None and lines_in(broken) < enough:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny_model import (
   ROUTER,
-  abstract_boxes,
   assert_trees_close,
   init_params,
   loss_and_gradients,
+  place,
   tiny_batch,
   tiny_config,
 )
@@ -40,19 +40,18 @@ CONFIGS = {
     **ONE_LAYER,
   ),
   'scanned': tiny_config(
-    num_encoder_layers=4,
-    num_decoder_layers=1,
+    num_encoder_layers=1,
+    sparse_every=1,
     dispatch='einsum',
     scan_layers=True,
-    remat_policy='full',
   ),
 }
-# Name of the model, mesh (data, expert, model), FSDP.
+# Name of the model, mesh (data, expert, model), FSDP. Scanned models are in
+# loss_invariance_test, but for decoding.
 CASES = [
   ('dense', (4, 1, 2), True),
   ('sparse', (2, 2, 2), False),
   ('sparse', (2, 4, 1), True),
-  ('scanned', (2, 2, 2), True),
 ]
 
 
@@ -76,17 +75,6 @@ def on_one_device(name):
   )
 
 
-def place(name, mesh, mesh_config):
-  boxes = abstract_boxes(CONFIGS[name])
-  shardings = partitioning.tree_shardings(
-    partitioning.unbox(boxes),
-    partitioning.logical_axes(boxes),
-    mesh,
-    mesh_config,
-  )
-  return jax.device_put(parameters(name), shardings)
-
-
 def make_mesh(shape, axis_types, fsdp):
   data, expert, model = shape
   mesh_config = MeshConfig(
@@ -104,7 +92,7 @@ def make_mesh(shape, axis_types, fsdp):
 @pytest.mark.parametrize('name, shape, fsdp', CASES)
 def test_eight_devices_equal_one(name, shape, fsdp, axis_types):
   mesh_config, mesh = make_mesh(shape, axis_types, fsdp)
-  params = place(name, mesh, mesh_config)
+  params = place(parameters(name), CONFIGS[name], mesh, mesh_config)
   with partitioning.use_mesh(mesh):
     batch = partitioning.shard_batch(tiny_batch(), mesh)
     (_, metrics), gradients = loss_and_gradients(
@@ -132,7 +120,7 @@ def test_decoding_on_eight_devices_equals_one(name, axis_types):
     rng=jax.random.key(0),
   )
   mesh_config, mesh = make_mesh((2, 2, 2), axis_types, True)
-  params = place(name, mesh, mesh_config)
+  params = place(parameters(name), CONFIGS[name], mesh, mesh_config)
   with partitioning.use_mesh(mesh):
     batch = partitioning.shard_batch({'inputs': inputs}, mesh)
     sharded = generate(params, batch['inputs'])
@@ -142,7 +130,7 @@ def test_decoding_on_eight_devices_equals_one(name, axis_types):
 @pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
 def test_a_batch_that_does_not_divide_is_refused(axis_types):
   mesh_config, mesh = make_mesh((8, 1, 1), axis_types, False)
-  params = place('dense', mesh, mesh_config)
+  params = place(parameters('dense'), CONFIGS['dense'], mesh, mesh_config)
   with (
     partitioning.use_mesh(mesh),
     pytest.raises(UserError, match=r'batch .*\(6\) is not divisible by .* 8'),

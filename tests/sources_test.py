@@ -8,8 +8,7 @@ import pytest
 from st_moe.data import sources
 from st_moe.data.c4_json import JsonChunks, JsonDocuments
 from st_moe.data.sources import (
-  JSON_SUFFIXES,
-  TEXT_SUFFIXES,
+  SUFFIXES,
   TextDocuments,
   hold_out,
   resolve_files,
@@ -36,7 +35,7 @@ def jsonl(*texts):
   )
 
 
-def find(patterns, suffixes=TEXT_SUFFIXES):
+def find(patterns, suffixes=SUFFIXES['text']):
   return resolve_files(patterns, suffixes, 'DataConfig.files')
 
 
@@ -140,8 +139,8 @@ class TestTextDocuments:
       (b'a\n\nb\n\xc3(\n', 'paragraph', ':4: invalid UTF-8 .byte 0xc3 at 1'),
       (b'ok\nok\n' + b'x' * 21, 'line', ':3: line of more than 20 bytes'),
       (b'\n' + b'abcdefg\n' * 3, 'paragraph', ':2: paragraph of more than 20'),
-      (b' \n\n\t\n', 'line', 'no text, only blank lines'),
-      (b'', 'paragraph', 'no text, only blank lines'),
+      (b' \n\n\t\n', 'line', 'empty, or only blank lines'),
+      (b'', 'paragraph', 'empty, or only blank lines'),
     ],
   )
   def test_bad_text_is_named_by_file_and_line(
@@ -203,7 +202,7 @@ class TestJson:
   def test_texts_come_shard_by_shard_plain_or_gzipped(self, tmp_path):
     a = write(tmp_path / 'c4-train.0.json.gz', jsonl('a1', 'a2'))
     b = write(tmp_path / 'c4-train.1.json', jsonl('b1', ' ', '') + '\n')
-    files = find(str(tmp_path), JSON_SUFFIXES)
+    files = find(str(tmp_path), SUFFIXES['c4_json'])
     assert files == (a, b)
     part = JsonDocuments(files, 1000).part(held_out=False)
     assert list(part) == ['a1', 'a2', 'b1']

@@ -5,35 +5,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_model import start, tiny_config
 
 from st_moe import partitioning
-from st_moe.config import (
-  DataConfig,
-  MeshConfig,
-  ModelConfig,
-  OptimizerConfig,
-  RunConfig,
-)
+from st_moe.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig
 from st_moe.errors import UserError
-from st_moe.optimizer import make_optimizer
 from st_moe.train_state import (
   abstract_state,
-  create_state,
   parameter_counts,
   state_shardings,
 )
 from st_moe.transformer import EncoderDecoder
 
-MODEL = ModelConfig(
-  vocab_size=64,
-  d_model=16,
-  d_ff=32,
-  d_kv=8,
-  num_heads=2,
-  num_encoder_layers=2,
-  num_decoder_layers=2,
-  num_experts=4,
-  sparse_every=2,
+MODEL = tiny_config(
+  vocab_size=64, sparse_every=1, num_encoder_layers=1, num_decoder_layers=1
 )
 
 
@@ -52,25 +37,15 @@ class StandIn(nn.Module):
     return jnp.einsum('bld,edf->blef', embedding[inputs], wi)
 
 
-def run_config(name='adafactor', **mesh):
+def run_config(name='adafactor', seed=0, **mesh):
   return RunConfig(
     model=MODEL,
     optimizer=OptimizerConfig(name=name, min_dim_size_to_factor=8),
     data=DataConfig(inputs_length=12, targets_length=8),
     mesh=MeshConfig(**mesh),
     steps=10,
+    seed=seed,
   )
-
-
-def make(config, model, seed=0):
-  mesh = partitioning.make_mesh(config.mesh)
-  abstract = abstract_state(config, model)
-  shardings = state_shardings(abstract, mesh, config.mesh)
-  optimizer = make_optimizer(config.optimizer, abstract.axes, config.steps)
-  state = create_state(
-    config, model, optimizer, jax.random.key(seed), shardings
-  )
-  return abstract, shardings, state
 
 
 def assert_same(a, b):
@@ -119,9 +94,10 @@ def test_every_leaf_is_created_where_its_sharding_says(name, kind):
     fsdp_dense=True,
     fsdp_experts=True,
   )
-  abstract, shardings, state = make(config, StandIn())
+  run = start(config, StandIn())
+  state = run.state
   leaves, tree = jax.tree.flatten(state)
-  wanted = tree.flatten_up_to(abstract.with_shardings(shardings))
+  wanted = tree.flatten_up_to(run.abstract.with_shardings(run.shardings))
   for leaf, want in zip(leaves, wanted, strict=True):
     assert leaf.sharding == want.sharding
     assert (leaf.shape, leaf.dtype) == (want.shape, want.dtype)
@@ -131,12 +107,10 @@ def test_every_leaf_is_created_where_its_sharding_says(name, kind):
 
 @pytest.mark.parametrize('model', [StandIn(), EncoderDecoder(MODEL)])
 def test_values_depend_on_the_seed_and_not_on_the_mesh(model):
-  _, _, whole = make(run_config(data=8), model)
-  _, _, split = make(
-    run_config(data=2, expert=2, model=2, fsdp_dense=True), model
-  )
-  assert_same(whole, split)
-  _, _, other = make(run_config(data=8), model, seed=1)
+  split = {'data': 2, 'expert': 2, 'model': 2, 'fsdp_dense': True}
+  whole = start(run_config(data=8), model).state
+  assert_same(whole, start(run_config(**split), model).state)
+  other = start(run_config(data=8, seed=1), model).state
   assert any(
     not np.array_equal(one, another)
     for one, another in zip(

@@ -248,7 +248,7 @@ def test_unstacking_undoes_stacking():
   config = tiny_config(num_encoder_layers=4)
   params = init_params(config)
   back = unstack_layers(stack_layers(params, config), config)
-  assert_trees_close(back, params, tolerance=0)
+  assert_trees_close(back, params, rtol=0, atol=0)
 
 
 def test_padding_does_not_reach_real_positions():

@@ -34,12 +34,62 @@ def test_a_fresh_directory_accepts_any_configuration(tmp_path):
 def test_another_configuration_is_refused_and_every_difference_named(tmp_path):
   directory = workdir.open_workdir(tmp_path)
   record(directory)
-  other = dataclasses.replace(CONFIG, model=ModelConfig(d_model=128), seed=3)
+  model = dataclasses.replace(CONFIG.model, dropout_rate=0.1)
+  other = dataclasses.replace(CONFIG, model=model, seed=3)
   with pytest.raises(UserError) as e:
     directory.check_configuration(other, allow=False)
-  assert 'model.d_model: 64 -> 128; seed: 0 -> 3' in str(e.value)
+  assert 'model.dropout_rate: 0.0 -> 0.1; seed: 0 -> 3' in str(e.value)
+  assert 'or --allow_config_change' in str(e.value)
   directory.check_configuration(other, allow=True)
   directory.check_configuration(CONFIG, allow=False)
+  directory.close()
+
+
+@pytest.mark.parametrize('allow', [True, False])
+def test_other_shapes_are_refused_and_no_flag_is_offered(tmp_path, allow):
+  directory = workdir.open_workdir(tmp_path)
+  record(directory)
+  other = dataclasses.replace(
+    CONFIG, batch_size=64, model=ModelConfig(d_model=128)
+  )
+  with pytest.raises(UserError) as e:
+    directory.check_configuration(other, allow=allow)
+  assert '(model.d_model: 64 -> 128; batch_size: 128 -> 64)' in str(e.value)
+  assert '--allow_config_change' not in str(e.value)
+  directory.close()
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+  (tmp_path / 'thesis.tex').write_text('')
+  with pytest.raises(UserError, match='holds no run .it has thesis.tex'):
+    workdir.open_workdir(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['thesis.tex']
+
+
+def test_what_an_early_kill_leaves_is_taken_up_again(tmp_path):
+  for name in ('vocabulary.model', 'vocabulary.model.tmp', '.lock'):
+    (tmp_path / name).write_text('')
+  (tmp_path / 'checkpoints').mkdir()
+  workdir.open_workdir(tmp_path).close()
+
+
+def test_a_directory_that_was_never_used_is_removed(tmp_path):
+  workdir.open_workdir(tmp_path / 'new').close()
+  assert not (tmp_path / 'new').exists()
+  (tmp_path / 'old').mkdir()
+  workdir.open_workdir(tmp_path / 'old').close()
+  assert (tmp_path / 'old').exists()
+
+
+def test_a_finished_run_is_known_by_its_summary_and_checkpoint(tmp_path):
+  directory = workdir.open_workdir(tmp_path)
+  record(directory)
+  assert directory.finished(5) is None
+  (tmp_path / 'summary.json').write_text('{"step": 5}')
+  assert directory.finished(5) is None
+  (tmp_path / 'checkpoints' / '5').mkdir(parents=True)
+  assert directory.finished(5) == {'step': 5}
+  assert directory.finished(6) is None
   directory.close()
 
 

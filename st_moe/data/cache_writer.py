@@ -124,6 +124,7 @@ def write_cache(
   # Without sentinels: `<extra_id_0>` in a document is text like any other.
   vocabulary = load_vocabulary(text.vocabulary.spec, extra_ids=0)
   number = itertools.count()
+  complete = True
   for split, count in plan.shards.items():
     names = [cache_format.shard_name(split, i, count) for i in range(count)]
     missing = [
@@ -133,9 +134,28 @@ def write_cache(
       and not _is_intact(output, name)
     ]
     if missing:
+      complete = False
       documents = text.documents(split)
       _write_shards(output, split, missing, plan, documents, vocabulary, report)
+  if complete:
+    whose = 'this part is ' if part.count > 1 else ''
+    report(f'{output}: {whose}already complete, nothing to write')
   return _write_manifest(config, output, plan, vocabulary)
+
+
+def check_folder(output: Path) -> None:
+  """Refuses a file, and a folder that holds other things than a cache.
+
+  Raises:
+    UserError: saying which.
+  """
+  if output.exists() and not output.is_dir():
+    raise UserError(f'{output} is a file; choose a folder for the cache')
+  is_cache = (output / cache_format.PLAN_FILE).is_file()
+  if not is_cache and output.is_dir() and any(output.iterdir()):
+    raise UserError(
+      f'{output} is not empty and holds no cache; choose another folder'
+    )
 
 
 def _plan(
@@ -156,10 +176,7 @@ def _plan(
       ) from error
     _check_plan(plan, output, identity, text.vocabulary, num_shards)
     return plan
-  if output.is_dir() and any(output.iterdir()):
-    raise UserError(
-      f'{output} is not empty and holds no cache; choose another folder'
-    )
+  check_folder(output)
   counts = {}
   for split in (cache_format.TRAIN, cache_format.VALIDATION):
     counts[split] = _count(text.documents(split))

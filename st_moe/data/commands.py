@@ -5,6 +5,7 @@ Both read any pretraining task, through seqio's sources (TensorFlow).
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -48,6 +49,12 @@ def vocab_command(
     raise UserError(
       f'{output} exists and is not overwritten; choose another path, or '
       'delete it'
+    )
+  folder = next(p for p in output.absolute().parents if p.exists())
+  if not folder.is_dir() or not os.access(folder, os.W_OK):
+    raise UserError(
+      f'{output} cannot be written: {folder} is no folder that you may write '
+      'to; choose another path'
     )
   if size < 1:
     raise UserError(f'the size of a vocabulary must be > 0, got {size}')
@@ -120,6 +127,13 @@ def cache_command(
   part = Part() if shard is None else Part.parse(shard)
   _refuse_cache(config)
   output = Path(output).expanduser()
+  cache_writer.check_folder(output)
+  if config.vocabulary == 'auto':
+    report(
+      f'no vocabulary is given (--vocabulary): one of '
+      f'{config.auto_vocabulary_size} pieces is trained on the text and kept '
+      f'in {output}'
+    )
   data = open_stream(config, seed=0, cache_root=cache_root)
   text = Text(data.documents, data.fingerprint['text'], data.vocabulary)
   with _writing(output):
@@ -131,8 +145,8 @@ def cache_command(
     return
   tokens = sum(shard.tokens for shard in manifest.splits['train'])
   report(
-    f'{output}: {tokens} training tokens; train from it with DataConfig.task '
-    f"= 'cache', DataConfig.cache_dir = '{output}'"
+    f'{output}: {tokens} training tokens; train from it with '
+    f'--gin.TASK=cache --gin.DataConfig.cache_dir={output}'
   )
 
 

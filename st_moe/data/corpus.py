@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
@@ -25,6 +26,8 @@ from pathlib import Path
 
 from st_moe.data import docstrings
 from st_moe.data.files import default_cache_root, write_atomically
+
+log = logging.getLogger(__name__)
 
 _OWN_PACKAGE = 'st_moe'
 _SKIPPED_IN_STDLIB = {'site-packages', 'test', 'tests', 'idle_test'}
@@ -65,6 +68,7 @@ def docstring_documents(
   path = root / 'docstrings' / f'{_key(include_site_packages)}.json'
   if (stored := _read(path)) is not None:
     return stored
+  log.info('reading the docstrings of this Python (once: kept in %s)', root)
   documents = _collect(include_site_packages)
   # A cache that cannot be written (read-only home) costs time, not the run.
   with contextlib.suppress(OSError):

@@ -13,7 +13,8 @@ import seqio
 import tensorflow_datasets as tfds
 
 from st_moe.config import DataConfig
-from st_moe.data.tasks import READS_FILES, check_name, tfds_version
+from st_moe.data.sources import SUFFIXES
+from st_moe.data.tasks import check_name, tfds_version
 from st_moe.errors import UserError
 
 _MC4_EXPONENT = 0.3
@@ -42,7 +43,7 @@ def parse(config: DataConfig) -> tuple[Part, ...]:
     check_name(name)
     if names.count(name) > 1:
       raise UserError(f'task {config.task!r} names {name!r} twice')
-  readers = [name for name in names if name in READS_FILES]
+  readers = [name for name in names if name in SUFFIXES]
   if len(readers) > 1:
     raise UserError(
       f'{" and ".join(readers)} in task {config.task!r} would both read '

@@ -5,6 +5,8 @@ a tokenized cache read by Grain (cache.py, does not). Neither knows of JAX.
 """
 
 import contextlib
+import importlib
+import logging
 import os
 import sys
 import tempfile
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from st_moe.config import DataConfig
-from st_moe.data.vocabularies import Vocabulary
+from st_moe.data import sources
+from st_moe.data.vocabularies import Vocabulary, load_vocabulary
+from st_moe.errors import UserError
 
 if TYPE_CHECKING:
   from st_moe.data.streaming import StreamingData
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 # decoder_input_tokens, decoder_target_tokens, decoder_loss_weights
 # [rows, targets_length]; packed rows also have *_segment_ids, *_positions.
 Batch = dict[str, np.ndarray]
+
+log = logging.getLogger(__name__)
 
 _NOTICES = (b'I0000 ', b'WARNING: All log messages before absl::Init', b'\n')
 
@@ -119,9 +125,51 @@ def open_stream(
   config: DataConfig, *, seed: int, cache_root: Path | None
 ) -> 'StreamingData':
   """Opens a task over text; as `open_data`, and gives the raw documents."""
-  with _without_banners():
-    from st_moe.data import streaming
+  _check_paths(config)
+  _load_tensorflow()
+  from st_moe.data import streaming
+
   return streaming.open_stream(config, seed=seed, cache_root=cache_root)
+
+
+def import_tasks(module: str) -> None:
+  """Imports a user's module, which registers tasks and mixtures with seqio.
+
+  Args:
+    module: dotted name, found in the current directory or as Python finds it.
+
+  Raises:
+    UserError: there is no such module.
+  """
+  _load_tensorflow()
+  if '' not in sys.path and os.getcwd() not in sys.path:
+    sys.path.insert(0, os.getcwd())
+  try:
+    importlib.import_module(module)
+  except ModuleNotFoundError as error:
+    if error.name not in (module, module.partition('.')[0]):
+      raise UserError(f'--module={module} needs {error.name}') from error
+    raise UserError(
+      f'--module={module}: no such module in {os.getcwd()} or on PYTHONPATH'
+    ) from None
+
+
+def _load_tensorflow() -> None:
+  """Imports TensorFlow and seqio, which takes seconds: says so."""
+  if 'seqio' not in sys.modules:
+    log.info('loading TensorFlow and seqio')
+  with _without_banners():
+    import seqio  # noqa: F401
+
+
+def _check_paths(config: DataConfig) -> None:
+  """Finds missing files in a moment, before TensorFlow is loaded."""
+  for part in config.task.split(','):
+    name = part.partition(':')[0].strip()
+    if name in sources.SUFFIXES:
+      sources.text_files(name, config)
+  if config.vocabulary != 'auto':
+    load_vocabulary(config.vocabulary, config.extra_ids)
 
 
 @contextlib.contextmanager

@@ -16,16 +16,20 @@ import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from st_moe.config import DataConfig
 from st_moe.data.files import file_sha256
 from st_moe.errors import UserError
 
-# Read from a folder; any other name must be given, or matched by a glob.
-TEXT_SUFFIXES = ('.txt', '.text', '.md')
-JSON_SUFFIXES = ('.json', '.jsonl')
+# Read from a folder, for each task; any other name must be given, or matched
+# by a glob.
+SUFFIXES = {
+  'text': ('.txt', '.text', '.md'),
+  'c4_json': ('.json', '.jsonl'),
+}
 
 # Gzipped text is kept unpacked in memory, up to this many bytes in all.
 MAX_UNPACKED_BYTES = 4 << 30
@@ -86,6 +90,40 @@ def _matches(
   if not files:
     raise UserError(f'{field}: {problem}')
   yield from files
+
+
+@dataclasses.dataclass(frozen=True)
+class TextFiles:
+  """Files to train on and held-out files; the latter may be none."""
+
+  train: tuple[Path, ...]
+  held_out: tuple[Path, ...]
+  holdout_every: int
+
+  def fingerprint(self) -> dict[str, Any]:
+    """Returns plain values that name the content."""
+    found: dict[str, Any] = {'train': fingerprint_files(self.train)}
+    if self.held_out:
+      return found | {'held_out': fingerprint_files(self.held_out)}
+    return found | {'holdout_every': self.holdout_every}
+
+
+def text_files(task: str, config: DataConfig) -> TextFiles:
+  """Finds the files of 'text' or 'c4_json'; reads none of them.
+
+  Raises:
+    UserError: nothing given, nothing found, or a file that is both trained on
+      and held out.
+  """
+  suffixes = SUFFIXES[task]
+  train = resolve_files(config.files, suffixes, 'DataConfig.files')
+  held_out: tuple[Path, ...] = ()
+  if config.eval_files:
+    held_out = resolve_files(
+      config.eval_files, suffixes, 'DataConfig.eval_files'
+    )
+    check_disjoint(train, held_out)
+  return TextFiles(train, held_out, config.holdout_every)
 
 
 def check_disjoint(train: Sequence[Path], held_out: Sequence[Path]) -> None:
@@ -214,7 +252,9 @@ class TextDocuments(Sequence[str]):
     self._ends = np.frombuffer(ends, np.int64)
     if not len(self):
       more = f' and {len(files) - 1} more' if len(files) > 1 else ''
-      raise UserError(f'{files[0]}{more}: no text, only blank lines')
+      raise UserError(
+        f'{files[0]}{more}: empty, or only blank lines; give files with text'
+      )
 
   def _open(self, i: int, path: Path) -> BinaryIO:
     file = open_file(path)
@@ -341,7 +381,8 @@ def hold_out(documents: Sequence[str], every: int, what: str) -> Split:
   count = len(documents)
   if count < every:
     raise UserError(
-      f'{what}: {count} documents are too few to hold out one in {every}; set '
+      f'{what}: {count} document{"s are" if count > 1 else " is"} too few to '
+      f'hold out one in {every}; set '
       'DataConfig.holdout_every lower, or give eval_files'
     )
   held_out = count // every

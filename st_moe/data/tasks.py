@@ -27,7 +27,6 @@ from st_moe.data.vocabularies import Vocabulary
 from st_moe.errors import UserError, did_you_mean
 
 BUILT_IN = ('c4', 'c4_json', 'docstrings', 'mc4', 'text')
-READS_FILES = ('c4_json', 'text')
 _MC4_PREFIX = 'mc4.'
 # More text than this takes a while to check: say so.
 _ANNOUNCED_BYTES = 1 << 30
@@ -165,7 +164,7 @@ def _text(config: DataConfig) -> Corpus:
   def read(files):
     return sources.TextDocuments(files, config.document, config.max_line_bytes)
 
-  files = _resolve(config, sources.TEXT_SUFFIXES)
+  files = sources.text_files('text', config)
   size = sum(path.stat().st_size for path in files.train)
   if size > _ANNOUNCED_BYTES:
     log.info('reading and checking %.1f GB of text', size / 1e9)
@@ -198,7 +197,7 @@ def _random_access(
 
 
 def _c4_json(config: DataConfig) -> Corpus:
-  files = _resolve(config, sources.JSON_SUFFIXES)
+  files = sources.text_files('c4_json', config)
   every = None if files.held_out else config.holdout_every
   train = JsonDocuments(files.train, config.max_line_bytes, every)
   held_out = train
@@ -221,32 +220,6 @@ def _c4_json(config: DataConfig) -> Corpus:
     fingerprint=files.fingerprint(),
     errors=errors,
   )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Files:
-  """Files to train on and held-out files; the latter may be none."""
-
-  train: tuple[Path, ...]
-  held_out: tuple[Path, ...]
-  holdout_every: int
-
-  def fingerprint(self) -> dict[str, Any]:
-    found = {'train': sources.fingerprint_files(self.train)}
-    if self.held_out:
-      return found | {'held_out': sources.fingerprint_files(self.held_out)}
-    return found | {'holdout_every': self.holdout_every}
-
-
-def _resolve(config: DataConfig, suffixes: tuple[str, ...]) -> _Files:
-  train = sources.resolve_files(config.files, suffixes, 'DataConfig.files')
-  held_out: tuple[Path, ...] = ()
-  if config.eval_files:
-    held_out = sources.resolve_files(
-      config.eval_files, suffixes, 'DataConfig.eval_files'
-    )
-    sources.check_disjoint(train, held_out)
-  return _Files(train, held_out, config.holdout_every)
 
 
 def tfds_version(name: str, dataset: str, config: DataConfig) -> str:

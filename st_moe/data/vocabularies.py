@@ -8,6 +8,7 @@ the same vocabulary to seqio's tasks.
 
 import abc
 import hashlib
+import logging
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,8 @@ import sentencepiece
 
 from st_moe.data.files import write_atomically
 from st_moe.errors import UserError
+
+log = logging.getLogger(__name__)
 
 PAD_ID = 0
 EOS_ID = 1
@@ -260,6 +263,11 @@ def train_vocabulary(
   lines = _training_lines(texts, characters)
   if not lines:
     raise UserError('the training text is empty: no vocabulary can be made')
+  log.info(
+    'training a vocabulary of %d pieces on %.1f million characters',
+    size,
+    sum(map(len, lines)) / 1e6,
+  )
   model = BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(

@@ -9,8 +9,8 @@ import functools
 from pathlib import Path
 
 import numpy as np
-import seqio
 import tensorflow as tf
+from stream import stream
 from t5.data import preprocessors
 
 HERE = Path(__file__).resolve().parent
@@ -64,43 +64,11 @@ def masks() -> dict[str, np.ndarray]:
   return result
 
 
-def stream(objective, feature_lengths, seed, shuffle) -> dict[str, np.ndarray]:
-  """The model features of one epoch of `documents()`, one array a feature."""
-  vocabulary = seqio.ByteVocabulary(extra_ids=100)
-  task = seqio.Task(
-    'reference',
-    source=seqio.FunctionDataSource(
-      lambda split, shuffle_files, seed=None: (
-        tf.data.Dataset.from_tensor_slices({'text': documents()})
-      ),
-      splits=['train'],
-    ),
-    preprocessors=[
-      functools.partial(
-        seqio.preprocessors.rekey, key_map={'inputs': None, 'targets': 'text'}
-      ),
-      seqio.preprocessors.tokenize,
-      seqio.CacheDatasetPlaceholder(),
-      objective,
-      seqio.preprocessors.append_eos_after_trim,
-    ],
-    output_features={
-      'inputs': seqio.Feature(vocabulary, add_eos=True),
-      'targets': seqio.Feature(vocabulary, add_eos=True),
-    },
-  )
-  dataset = seqio.get_dataset(
-    mixture_or_task_name=task,
-    task_feature_lengths=feature_lengths,
-    feature_converter=seqio.EncDecFeatureConverter(pack=False),
-    dataset_split='train',
-    shuffle=shuffle,
-    seed=seed,
-    num_epochs=1,
-  )
-  rows = list(dataset.as_numpy_iterator())
+def t5_stream(objective, lengths, seed, shuffle) -> dict[str, np.ndarray]:
+  """The inputs and targets of one epoch of `documents()`."""
+  features = stream(documents(), objective, lengths, seed, shuffle)
   return {
-    name: np.stack([row[name] for row in rows]).astype(np.uint16)
+    name: features[name].astype(np.uint16)
     for name in ('encoder_input_tokens', 'decoder_target_tokens')
   }
 
@@ -113,11 +81,11 @@ def main():
   for seed in (0, 7):
     np.savez_compressed(
       HERE / f'span_corruption_seed{seed}.npz',
-      **stream(preprocessors.span_corruption, LENGTHS, seed, seed == 7),
+      **t5_stream(preprocessors.span_corruption, LENGTHS, seed, seed == 7),
     )
     np.savez_compressed(
       HERE / f'prefix_lm_seed{seed}.npz',
-      **stream(preprocessors.prefix_lm, PREFIX_LENGTHS, seed, seed == 7),
+      **t5_stream(preprocessors.prefix_lm, PREFIX_LENGTHS, seed, seed == 7),
     )
 
 
