@@ -27,6 +27,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+_COUNTED = 0.9  # of the ideal FLOPs
 _DROPLESS = ', dropless'  # of the floors' names
 
 
@@ -66,9 +67,15 @@ class Measurement:
     return self.size.matmul_flops(rows, self.mode)
 
   def flops_ratio(self, name: str) -> float | None:
-    """Returns compiled FLOPs over ideal; None where they are not counted."""
+    """Returns compiled FLOPs over ideal; None where they are not counted.
+
+    XLA counts the body of a loop once and a kernel not at all: what has fewer
+    FLOPs than its products must have was not counted.
+    """
     flops = self.forms[name].flops
-    return None if flops is None else flops / self.ideal(name)
+    if flops is None or flops < _COUNTED * self.ideal(name):
+      return None
+    return flops / self.ideal(name)
 
   def backends(self) -> list[str]:
     """Returns the names of the forms that are no floors."""
