@@ -119,7 +119,7 @@ def _add_vocab(subparsers: Any) -> _Parser:
     subparsers,
     'vocab',
     'train a T5-compatible SentencePiece model on text',
-    'texts/*.txt --size=8000 --output=my.model',
+    'texts/*.txt --size=2000 --output=my.model',
   )
   command.add_argument(
     'files', nargs='*', metavar='FILE', help="text (default: gin's task)"

@@ -12,7 +12,7 @@ bindings change.
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from st_moe.config import (
@@ -92,6 +92,9 @@ class Setting:
   where: str
 
 
+_MISSING = object()  # the value of what is required and not given
+
+
 def _fields(class_name: str) -> list[str]:
   """Returns the bindable fields of a class: all but the nested dataclasses."""
   names = [
@@ -131,9 +134,16 @@ def _check_name(binding: Binding) -> None:
 
 
 class Resolver:
-  """Turns bindings into a RunConfig; the last binding of a name counts."""
+  """Turns bindings into a RunConfig; the last binding of a name counts.
 
-  def __init__(self, bindings: Sequence[Binding]):
+  Attributes:
+    missing: {field: macro, or the field itself} of required values that were
+      not given; empty unless `allow_missing`.
+  """
+
+  def __init__(self, bindings: Sequence[Binding], allow_missing: bool = False):
+    self.missing: dict[str, str] = {}
+    self._allow_missing = allow_missing
     self._fields = {b.name: b for b in bindings if not b.is_macro}
     self._order = {b.name: i for i, b in enumerate(bindings)}
     self._macros = {b.name: b for b in bindings if b.is_macro}
@@ -170,6 +180,9 @@ class Resolver:
     if not isinstance(value, Macro):
       return Setting(value, where)
     if value.name == 'gin.REQUIRED':
+      if self._allow_missing:
+        self.missing[chain[0]] = chain[-1]
+        return Setting(_MISSING, where)
       raise UserError(
         f'{where}: {chain[-1]} is required; give --gin.{chain[-1]}=VALUE'
       )
@@ -181,11 +194,29 @@ class Resolver:
 
   def _settings(self, class_name: str) -> dict[str, Setting]:
     """Returns {field: setting} of a class, or of a scoped class."""
-    return {
+    settings = {
       name.rpartition('.')[2]: self._resolve(b.value, b.where, (name,))
       for name, b in self._fields.items()
       if name.rpartition('.')[0] == class_name
     }
+    return {
+      field: setting
+      for field, setting in settings.items()
+      if setting.value is not _MISSING
+    }
+
+  def located(self, error: UserError) -> UserError:
+    """Returns an error with the places where the fields it names are bound."""
+    places = []
+    for name in re.findall(r'\b(?:\w+/)?\w+Config\.\w+', str(error)):
+      if name in self._fields:
+        value, where = self._fields[name].value, self._fields[name].where
+        place = self._resolve(value, where, (name,)).where
+        if isinstance(value, Macro) and not place.startswith('--'):
+          place += f', --gin.{value.name}=VALUE'
+        places.append(place)
+    places = [p for p in dict.fromkeys(places) if p not in str(error)]
+    return UserError(f'{error} ({", ".join(places)})') if places else error
 
   def _build(
     self,
@@ -298,16 +329,26 @@ def flatten(config: RunConfig) -> dict[str, Any]:
   }
 
 
-def operative_config(config: RunConfig) -> str:
+def operative_config(
+  config: RunConfig, missing: Mapping[str, str] | None = None
+) -> str:
   """Returns gin text that alone gives exactly `config`: every field is bound.
 
   Defaults are written out too, so that a run can be repeated after they have
   changed.
+
+  Args:
+    config: the run.
+    missing: {field: macro} of required values that were not given.
   """
+  missing = missing or {}
   lines = ['# Every setting of a run. This file alone gives the same run.']
   section = None
   for name, value in flatten(config).items():
     if section != (section := name.rpartition('.')[0]):
       lines += ['', f'# {section}']
-    lines.append(f'{name} = {value!r}')
+    if name in missing:
+      lines.append(f'{name} = %gin.REQUIRED  # --gin.{missing[name]}=VALUE')
+    else:
+      lines.append(f'{name} = {value!r}')
   return '\n'.join(lines) + '\n'

@@ -331,6 +331,17 @@ class OptimizerConfig(Checked):
       f'{self.warmup_steps}',
     )
 
+  def check_length(self, steps: int) -> None:
+    """Raises UserError when the schedule does not fit a run of `steps`."""
+    self.require(
+      self.schedule not in ('linear', 'cosine')
+      or self.decay_steps is not None
+      or self.warmup_steps < steps,
+      f"warmup_steps {self.warmup_steps} of the '{self.schedule}' schedule "
+      f'must be below the {steps} steps of the run; lower '
+      'OptimizerConfig.warmup_steps, or train longer',
+    )
+
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Checked):
@@ -354,7 +365,7 @@ class DataConfig(Checked):
   # 'byte', the path of a SentencePiece model, or 'auto': a model of
   # `auto_vocabulary_size` pieces trained on the training text, then kept.
   vocabulary: str = 'auto'
-  auto_vocabulary_size: int = 4096
+  auto_vocabulary_size: int = 2048
   extra_ids: int = 100  # sentinels
 
   objective: Literal['span_corruption', 'prefix_lm', 'none'] = 'span_corruption'
@@ -441,6 +452,7 @@ class RunConfig(Checked):
       f'batch_size {self.batch_size} is not divisible by microbatches '
       f'{self.microbatches}',
     )
+    self.optimizer.check_length(self.steps)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

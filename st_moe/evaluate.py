@@ -8,6 +8,8 @@ end-of-sequence, which are easy.
 
 import dataclasses
 import functools
+import json
+import logging
 import re
 import textwrap
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from st_moe import losses, partitioning
-from st_moe.checkpoint import restore_params
+from st_moe.checkpoint import find_steps, restore_params
 from st_moe.config import ModelConfig, RunConfig
 from st_moe.data.pipeline import open_data
 from st_moe.data.span_corruption import (
@@ -27,11 +29,14 @@ from st_moe.data.span_corruption import (
   corrupt_sentence,
   model_features,
 )
+from st_moe.data.vocabularies import load_vocabulary
 from st_moe.decoding import generate
 from st_moe.errors import UserError
 from st_moe.train_state import abstract_state, state_shardings
 from st_moe.transformer import EncoderDecoder, apply_model
-from st_moe.workdir import read_json, with_own_vocabulary, write_json
+from st_moe.workdir import read_json, with_own_vocabulary
+
+log = logging.getLogger(__name__)
 
 _SPAN_CHARACTERS = 60  # of a filled span, as it is shown
 
@@ -253,32 +258,51 @@ def evaluate(config: RunConfig, workdir: Path, *, step: int | None) -> None:
 
   Args:
     config: the run's, perhaps with other data.
-    workdir: of the run; only `evaluation.json` is written.
+    workdir: of the run; one line is added to `evaluations.jsonl`.
     step: of the checkpoint; None for the newest.
 
   Raises:
     UserError: no such checkpoint, or data that does not fit the model.
   """
   mesh = partitioning.make_mesh(config.mesh)
-  data = open_data(
-    with_own_vocabulary(config.data, workdir),
-    seed=config.seed,
-    cache_root=None,
-  )
-  trained = read_json(workdir / 'run.json')['data']
-  if data.fingerprint['vocabulary'] != trained['vocabulary']:
-    raise UserError(
-      f'the vocabulary {config.data.vocabulary} is not the one that the model '
-      f"in {workdir} was trained with; set DataConfig.vocabulary to the run's"
-    )
+  find_steps(workdir, step)
+  data_config = with_own_vocabulary(config.data, workdir)
+  trained = read_json(workdir / 'run.json')['data']['vocabulary']
+  if data_config.vocabulary != 'auto':  # before text is opened
+    own = load_vocabulary(data_config.vocabulary, data_config.extra_ids)
+    _check_vocabulary(own.fingerprint, trained, config, workdir)
+  data = open_data(data_config, seed=config.seed, cache_root=None)
+  _check_vocabulary(data.fingerprint['vocabulary'], trained, config, workdir)
+  log.info('restoring and scoring')
   shapes = abstract_state(config, EncoderDecoder(config.model))
   shardings = state_shardings(shapes, mesh, config.mesh)
   abstract = shapes.with_shardings(shardings)
   restored = restore_params(workdir, step, abstract.params)
   scores: dict[str, Any] = {'step': restored.step, 'task': config.data.task}
   scores |= Evaluator(config, data, mesh).losses(restored.params)
+  record = scores | {
+    'data': data.fingerprint,
+    'files': config.data.files,
+    'eval_files': config.data.eval_files,
+    'split': config.data.eval_split,
+    'eval_batches': config.eval_batches,
+    'batch_size': config.batch_size,
+  }
   for name, value in scores.items():
     if isinstance(value, float):
       value = f'{value:.0f}' if name == 'eval/text_tokens' else f'{value:.4f}'
     print(f'{name:36} {value}')
-  write_json(workdir / 'evaluation.json', scores)
+  path = workdir / 'evaluations.jsonl'
+  with path.open('a', encoding='utf-8') as file:
+    file.write(json.dumps(record, sort_keys=True) + '\n')
+  print(f'added to {path}')
+
+
+def _check_vocabulary(
+  found: str, trained: str, config: RunConfig, workdir: Path
+) -> None:
+  if found != trained:
+    raise UserError(
+      f'the vocabulary {config.data.vocabulary} is not the one that the model '
+      f"in {workdir} was trained with; set DataConfig.vocabulary to the run's"
+    )

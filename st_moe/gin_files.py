@@ -55,6 +55,9 @@ def find(name: str, included_by: Path | None = None) -> Path:
     if (root / name).exists():
       kind = 'folder' if (root / name).is_dir() else 'device or pipe'
       raise UserError(f'{name} is a {kind}; give a gin file')
-  nearest = did_you_mean(name, names()) or '; see `st_moe config list`'
+  own = [n for n in names() if Path(n).name == Path(name).name]
+  nearest = f'; did you mean {own[0]}?' if own else ''
+  nearest = nearest or did_you_mean(name, names())
+  nearest = nearest or '; see `st_moe config list`'
   by = f'{shown(included_by)}: ' if included_by else ''
   raise UserError(f'{by}no gin file {name}{nearest}')

@@ -38,6 +38,7 @@ from st_moe.bindings import (
 )
 from st_moe.config import DataConfig, RunConfig
 from st_moe.errors import RunStopped, UserError, did_you_mean
+from st_moe.workdir import check_path
 
 log = logging.getLogger('st_moe.main')  # __name__ may be __main__
 
@@ -160,6 +161,17 @@ def load_config(
 # Commands
 
 
+def _configure(
+  args: argparse.Namespace,
+  files: Sequence[str],
+  flags: Sequence[Binding] = (),
+) -> RunConfig:
+  """Builds the configuration of a command; later errors are located by it."""
+  bindings = read_bindings(files, [*args.gin_bindings, *flags], args.seed)
+  args.resolver = Resolver(bindings)
+  return args.resolver.run_config()
+
+
 def _program() -> list[str]:
   """Returns what the user typed before the command, to be typed again."""
   program = Path(sys.argv[0])
@@ -186,13 +198,14 @@ def _pretrain(args: argparse.Namespace) -> None:
       'pretrain needs --gin_file=FILE, for example '
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
-  bindings = read_bindings(args.gin_file, args.gin_bindings, args.seed)
+  bindings = read_bindings(args.gin_file, args.gin_bindings)
   if not any(b.name.startswith('ModelConfig.') for b in bindings):
     raise UserError(
       'no model is configured; add --gin_file=gin_configs/models/NAME.gin '
       'before the run file; see `st_moe config list`'
     )
-  config = Resolver(bindings).run_config()
+  config = _configure(args, args.gin_file)
+  check_path(workdir)
   _prepare(args)
   log.info('loading JAX')
   from st_moe import train
@@ -215,7 +228,7 @@ def _evaluate(args: argparse.Namespace) -> None:
       '`st_moe pretrain`'
     )
   files = [str(workdir / 'config.gin'), *args.gin_file]
-  config = load_config(files, args.gin_bindings, args.seed)
+  config = _configure(args, files)
   _prepare(args)
   log.info('loading JAX')
   from st_moe import evaluate
@@ -229,7 +242,7 @@ def _bench(args: argparse.Namespace) -> None:
       'bench step needs --gin_file=FILE, for example '
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
-  config = load_config(args.gin_file, args.gin_bindings, args.seed)
+  config = _configure(args, args.gin_file)
   _prepare(args)
   from st_moe.bench import commands
 
@@ -238,7 +251,7 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _data_config(args: argparse.Namespace) -> DataConfig:
   """Returns what to read: text files named on the command line, or gin's."""
-  flags = [*args.gin_bindings]
+  flags = []
   if args.files:
     flags.append(Binding('DataConfig.task', 'text', 'FILE'))
     flags.append(Binding('DataConfig.files', tuple(args.files), 'FILE'))
@@ -246,7 +259,7 @@ def _data_config(args: argparse.Namespace) -> DataConfig:
     flags.append(
       Binding('DataConfig.vocabulary', args.vocabulary, '--vocabulary')
     )
-  config = load_config(args.gin_file, flags, args.seed).data
+  config = _configure(args, args.gin_file, flags).data
   _prepare(args)
   return config
 
@@ -316,8 +329,10 @@ def _config(args: argparse.Namespace) -> None:
     _config_diff(args)
   else:
     files = args.gin_file + args.files
-    config = load_config(files, args.gin_bindings, args.seed)
-    print(operative_config(config), end='')
+    bindings = read_bindings(files, args.gin_bindings, args.seed)
+    resolver = Resolver(bindings, allow_missing=True)
+    config = resolver.run_config()
+    print(operative_config(config, resolver.missing), end='')
 
 
 # Start and end
@@ -378,9 +393,10 @@ _EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status."""
   argv = list(sys.argv[1:] if argv is None else argv)
+  args = None
   try:
     args = arguments.parse(argv)
-    args.argv = argv
+    args.argv, args.resolver = argv, None
     args.gin_bindings = [parse_flag(text) for text in args.gin_bindings]
     _COMMANDS[args.command](args)
     sys.stdout.flush()
@@ -388,6 +404,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as e:
     if '--debug' in argv:
       traceback.print_exc()
+    if args is not None and args.resolver is not None:
+      e = args.resolver.located(e)
     print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
     return 2
   except ModuleNotFoundError as e:

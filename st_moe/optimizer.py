@@ -18,7 +18,6 @@ import optax
 from flax import struct
 
 from st_moe.config import OptimizerConfig
-from st_moe.errors import UserError
 
 ADAMW_BETA1 = 0.9  # Loshchilov and Hutter, arXiv 1711.05101; beta1 = None
 
@@ -44,12 +43,8 @@ def learning_rate_schedule(
     )
   if config.schedule == 'constant':
     return lambda step: jnp.float32(rate)
+  config.check_length(total_steps)
   last = total_steps if config.decay_steps is None else config.decay_steps
-  if warmup >= last:
-    raise UserError(
-      f'OptimizerConfig: warmup_steps {warmup} must be below the {last} steps '
-      f"of the {config.schedule!r} schedule (decay_steps, or the run's steps)"
-    )
   if config.schedule == 'linear':
     decay = optax.linear_schedule(rate, config.end_learning_rate, last - warmup)
   else:

@@ -17,7 +17,12 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import (
+  FuncFormatter,
+  LogLocator,
+  MaxNLocator,
+  NullLocator,
+)
 
 from st_moe.metrics import read_metrics
 from st_moe.workdir import read_json
@@ -172,6 +177,7 @@ def draw_curves(run: Run) -> Figure:
     score.annotate(
       f'{values[-1]:.4f}', (steps[-1], values[-1]), xytext=(0, -14),
       textcoords='offset points', ha='right', fontsize=9, color=BLUE,
+      bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1},
     )  # fmt: skip
 
   _prepare(rate, 'Learning rate', 'learning rate')
@@ -180,9 +186,9 @@ def draw_curves(run: Run) -> Figure:
   _prepare(norm, 'Gradient norm', 'global L2 norm, log scale')
   if _line(norm, run, 'gradient_norm', color=GREEN, marker=None):
     norm.set_yscale('log')
+    norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     norm.yaxis.set_major_formatter(_PLAIN)
-    norm.yaxis.set_minor_formatter(_PLAIN)
-    norm.tick_params(which='minor', labelsize=8)
+    norm.yaxis.set_minor_locator(NullLocator())
   for axes in figure.axes:
     axes.set_xlim(0, 1.02 * run.rows[-1]['step'])
   for axes in (loss, score):

@@ -62,8 +62,9 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
   if vocabulary_size > model.vocab_size:
     rows = _ROWS * math.ceil(vocabulary_size / _ROWS)
     raise UserError(
-      f'the vocabulary has {vocabulary_size} ids but ModelConfig.vocab_size '
-      f'is {model.vocab_size}; set it to {rows}'
+      f'the vocabulary has {vocabulary_size} ids, sentinels included, but '
+      f'ModelConfig.vocab_size is {model.vocab_size}; set it to {rows}, or '
+      f'make one of at most {model.vocab_size - config.data.extra_ids} pieces'
     )
   parts = partitioning.batch_shards(mesh) * config.microbatches
   if config.batch_size % parts:
@@ -323,7 +324,7 @@ def run_steps(trainer: Trainer) -> str | None:
       step_log.pause()
       trainer.save(step)
     trainer.checkpointer.wait()
-  return signals.received if step < config.steps else None
+  return signals.received
 
 
 def pretrain(
@@ -355,9 +356,9 @@ def pretrain(
     summary = directory.finished(config.steps)
     if summary is not None:
       print(
-        f'{workdir}: this run finished at step {config.steps}; to train on, '
-        'raise the steps and give --allow_config_change, or use another '
-        '--workdir'
+        f'{workdir}: this run finished at step {config.steps}; to train on:\n'
+        f'  {resume_command} --gin.RunConfig.steps={2 * config.steps} '
+        '--allow_config_change'
       )
       print_summary(summary)
       print(f'report: {write_report(workdir)}', flush=True)

@@ -255,6 +255,29 @@ def _short(value: Any, limit: int = 120) -> str:
   return text if len(text) <= limit else text[: limit - 3] + '...'
 
 
+def check_path(path: Path) -> None:
+  """Refuses what can be no work directory; touches nothing.
+
+  Raises:
+    UserError: for a file, and for a folder that holds other things than a run.
+  """
+  if path.exists() and not path.is_dir():
+    raise UserError(f'--workdir={path} is a file; give a directory')
+  if not path.is_dir() or (path / 'run.json').exists():
+    return
+  others = sorted(
+    child.name
+    for child in path.iterdir()
+    if child.name not in _BEFORE_RECORD and child.suffix != '.tmp'
+  )
+  if others:
+    raise UserError(
+      f'--workdir={path} is not empty and holds no run (it has '
+      f'{", ".join(others[:3])}{", ..." if others[3:] else ""}); choose '
+      'another directory'
+    )
+
+
 def open_workdir(path: Path) -> WorkDirectory:
   """Creates and locks a work directory.
 
@@ -266,18 +289,7 @@ def open_workdir(path: Path) -> WorkDirectory:
       things than a run, or another process works in it.
   """
   is_new = not path.exists()
-  if path.is_dir() and not (path / 'run.json').exists():
-    others = sorted(
-      child.name
-      for child in path.iterdir()
-      if child.name not in _BEFORE_RECORD and child.suffix != '.tmp'
-    )
-    if others:
-      raise UserError(
-        f'--workdir={path} is not empty and holds no run (it has '
-        f'{", ".join(others[:3])}{", ..." if others[3:] else ""}); choose '
-        'another directory'
-      )
+  check_path(path)
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / '.lock').open('a+')

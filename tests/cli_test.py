@@ -1,6 +1,7 @@
 """The command line: what a user types, sees, and gets as exit status."""
 
 import os
+import re
 import resource
 import shlex
 import signal
@@ -193,6 +194,10 @@ def test_sigterm_before_the_first_step_ends_with_0(tmp_path):
     ),
     (['pretrain', '--workdr=w'], 'no argument --workdr; did you mean --work'),
     (['pretrain', '--workdir=w', 'x'], 'pretrain takes no argument x'),
+    (
+      ['pretrain', '--workdir=w', '--gin_file=st_moe_l.gin'],
+      'did you mean gin_configs/models/st_moe_l.gin?',
+    ),
     (['pretrain', '--workdir=w', '--gin_file=.'], '. is a folder; give a gin'),
     (['config'], 'config needs an action (list, show, diff); see `st_moe'),
     (['config', 'shwo'], 'config has no action shwo (only list, show, diff)'),
@@ -290,6 +295,26 @@ def test_pretrain_hands_over_configuration_and_command(trained):
     'resume_command': 'st_moe pretrain --workdir=runs/a',
     'allow_config_change': False,
   }
+
+
+def test_an_error_after_the_configuration_says_where_it_was_set(
+  monkeypatch, error
+):
+  def pretrain(config, *args, **kwargs):
+    raise UserError(f'DataConfig.files: {config.data.files} does not exist')
+
+  stub = types.SimpleNamespace(pretrain=pretrain)
+  monkeypatch.setitem(sys.modules, 'st_moe.train', stub)
+  monkeypatch.setattr(st_moe, 'train', stub, raising=False)
+  argv = ['pretrain', '--gin_file=models/tiny.gin', '--gin_file=runs/small.gin']
+  argv += ['--workdir=w']
+  message = 'DataConfig.files: x does not exist'
+  assert error(*argv, '--gin.FILES=x') == f'{message} (--gin.FILES)'
+  assert re.fullmatch(
+    r'DataConfig.files: \(\) does not exist '
+    r'\(gin_configs/runs/small.gin:\d+, --gin.FILES=VALUE\)',
+    error(*argv),
+  )
 
 
 def test_pretrain_goes_on_from_the_work_directory_alone(trained):
@@ -404,6 +429,15 @@ def test_config_show_alone_gives_the_same_configuration(capsys):
   # Complete: no field is left to a default that may change.
   assert 'MeshConfig.model = 1' in shown
   assert 'encoder/RouterConfig.train_capacity_factor = 1.25' in shown
+
+
+def test_config_show_marks_what_a_run_still_needs(capsys):
+  assert main(['config', 'show', 'models/tiny.gin', 'runs/pretrain.gin']) == 0
+  shown = capsys.readouterr().out
+  assert (
+    'DataConfig.vocabulary = %gin.REQUIRED  # --gin.VOCABULARY=VALUE\n' in shown
+  )
+  assert 'ModelConfig.d_model = 128\n' in shown
 
 
 def test_config_diff_prints_what_differs(capsys):

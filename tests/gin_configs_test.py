@@ -192,10 +192,10 @@ def test_a_training_run_exposes_the_common_macros(name):
   assert {'TASK', 'STEPS', 'BATCH_SIZE', 'LEARNING_RATE', 'SEED'} <= macros
   files, texts = RUNS[name]
   texts = [*texts, 'TASK=text', 'DataConfig.files=a.txt']
-  texts += ['STEPS=7', 'BATCH_SIZE=16', 'LEARNING_RATE=0.5', 'SEED=3']
+  texts += ['STEPS=70', 'BATCH_SIZE=16', 'LEARNING_RATE=0.5', 'SEED=3']
   config = load_config(files, flags(texts))
   assert config.data.task == 'text'
-  assert (config.steps, config.batch_size, config.seed) == (7, 16, 3)
+  assert (config.steps, config.batch_size, config.seed) == (70, 16, 3)
   assert config.optimizer.learning_rate == 0.5
 
 

@@ -1,6 +1,7 @@
 """Every command of README.md runs, and its tree names every file."""
 
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -104,6 +105,11 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
     assert main(argv) == status, command
     if argv[0] == 'vocab':
       shutil.copy('runs/my.model', 'spiece.model')
+  scores = (tmp_path / 'runs' / 'mine' / 'evaluations.jsonl').read_text()
+  assert [json.loads(line)['task'] for line in scores.splitlines()] == [
+    'text',
+    'text',
+  ]
 
 
 def test_the_tree_names_every_file_of_the_package():

@@ -10,12 +10,18 @@ renaming and checked before anything is restored.
 """
 
 from st_moe.checkpoint.checkpointer import BEST_METRIC, Checkpointer
-from st_moe.checkpoint.reading import Restored, RestoredParams, restore_params
+from st_moe.checkpoint.reading import (
+  Restored,
+  RestoredParams,
+  find_steps,
+  restore_params,
+)
 
 __all__ = [
   'BEST_METRIC',
   'Checkpointer',
   'Restored',
   'RestoredParams',
+  'find_steps',
   'restore_params',
 ]

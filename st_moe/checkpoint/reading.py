@@ -218,6 +218,27 @@ def read_state(directory: Path, abstract: TrainState) -> Restored:
   )
 
 
+def find_steps(path: Path, step: int | None) -> tuple[Path, list[int]]:
+  """Returns where checkpoints are, and which may be read; reads none.
+
+  Args:
+    path: directory of checkpoints, or the work directory that holds it.
+    step: the one that is wanted; None: any.
+
+  Raises:
+    UserError: when there is none.
+  """
+  path = Path(path).absolute()
+  directory = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
+  steps = steps_in(directory)
+  if not steps or (step is not None and step not in steps):
+    wanted = 'checkpoint' if step is None else f'checkpoint of step {step}'
+    raise UserError(
+      f'there is no {wanted} in {directory}; it has steps {steps}'
+    )
+  return directory, steps if step is None else [step]
+
+
 def restore_params(
   path: Path, step: int | None, abstract_params: Any
 ) -> RestoredParams:
@@ -232,21 +253,14 @@ def restore_params(
     UserError: when there is none, or it does not fit `abstract_params`.
   """
   silence_orbax()
-  path = Path(path).absolute()
-  directory = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
-  steps = steps_in(directory)
-  if not steps or (step is not None and step not in steps):
-    wanted = 'checkpoint' if step is None else f'checkpoint of step {step}'
-    raise UserError(
-      f'there is no {wanted} in {directory}; it has steps {steps}'
-    )
+  directory, steps = find_steps(path, step)
 
   def read(step_directory):
     wanted = {'params': abstract_params}
     _check_fits(step_directory, wanted)
     return _read_arrays(step_directory, wanted)['params']
 
-  good, params = first_good(directory, steps if step is None else [step], read)
+  good, params = first_good(directory, steps, read)
   return RestoredParams(good, params)
 
 

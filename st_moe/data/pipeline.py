@@ -163,9 +163,12 @@ def _load_tensorflow() -> None:
 
 
 def _check_paths(config: DataConfig) -> None:
-  """Finds missing files in a moment, before TensorFlow is loaded."""
+  """Finds wrong names and missing files before TensorFlow is loaded."""
   for part in config.task.split(','):
     name = part.partition(':')[0].strip()
+    # Nothing can be registered with what is not even loaded.
+    if not sources.is_built_in(name) and 'seqio' not in sys.modules:
+      raise sources.unknown_task(name)
     if name in sources.SUFFIXES:
       sources.text_files(name, config)
   if config.vocabulary != 'auto':

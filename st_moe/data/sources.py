@@ -14,7 +14,7 @@ import hashlib
 import io
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -22,7 +22,10 @@ import numpy as np
 
 from st_moe.config import DataConfig
 from st_moe.data.files import file_sha256
-from st_moe.errors import UserError
+from st_moe.errors import UserError, did_you_mean
+
+BUILT_IN = ('c4', 'c4_json', 'docstrings', 'mc4', 'text')  # tasks over text
+MC4_PREFIX = 'mc4.'
 
 # Read from a folder, for each task; any other name must be given, or matched
 # by a glob.
@@ -36,6 +39,25 @@ MAX_UNPACKED_BYTES = 4 << 30
 # More than this is known by sizes and dates instead of contents.
 MAX_HASHED_BYTES = 1 << 30
 _BYTE_ORDER_MARK = b'\xef\xbb\xbf'
+
+
+def is_built_in(task: str) -> bool:
+  """Whether a task is ours, not one that is registered with seqio."""
+  return task in BUILT_IN or task.startswith(MC4_PREFIX)
+
+
+def unknown_task(name: str, others: Iterable[str] = ()) -> UserError:
+  """Returns the error for a task that does not exist.
+
+  Args:
+    name: of the task.
+    others: names that are registered with seqio.
+  """
+  near = did_you_mean(name, [*BUILT_IN, 'cache', *others])
+  return UserError(
+    f'unknown task {name!r}{near}; built in are {", ".join(BUILT_IN)} and '
+    'cache; --module=NAME imports a module that registers others with seqio'
+  )
 
 
 def resolve_files(
@@ -85,7 +107,9 @@ def _matches(
     files = [Path(n) for n in glob.glob(str(path), recursive=True)]
     problem = f'no file matches {pattern}'
   else:
-    raise UserError(f'{field}: {pattern} does not exist')
+    beside = path.parent.iterdir() if path.parent.is_dir() else ()
+    near = did_you_mean(path.name, (other.name for other in beside))
+    raise UserError(f'{field}: {pattern} does not exist{near}')
   files = [file for file in files if file.is_file()]
   if not files:
     raise UserError(f'{field}: {problem}')
@@ -380,10 +404,12 @@ def hold_out(documents: Sequence[str], every: int, what: str) -> Split:
   """
   count = len(documents)
   if count < every:
+    few = f'{count} documents are' if count > 1 else '1 document is'
+    lower = f'set DataConfig.holdout_every to {count} or less'
     raise UserError(
-      f'{what}: {count} document{"s are" if count > 1 else " is"} too few to '
-      f'hold out one in {every}; set '
-      'DataConfig.holdout_every lower, or give eval_files'
+      f'{what}: {few} too few to hold out one in {every} (a document is a '
+      "line, or with DataConfig.document = 'paragraph' a paragraph); "
+      f'{lower if count > 1 else "give more"}, or give DataConfig.eval_files'
     )
   held_out = count // every
   return Split(

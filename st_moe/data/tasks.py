@@ -24,10 +24,8 @@ from st_moe.data.c4_json import JsonDocuments
 from st_moe.data.corpus import docstring_documents
 from st_moe.data.readers import JsonSource, RandomAccessSource
 from st_moe.data.vocabularies import Vocabulary
-from st_moe.errors import UserError, did_you_mean
+from st_moe.errors import UserError
 
-BUILT_IN = ('c4', 'c4_json', 'docstrings', 'mc4', 'text')
-_MC4_PREFIX = 'mc4.'
 # More text than this takes a while to check: say so.
 _ANNOUNCED_BYTES = 1 << 30
 
@@ -67,19 +65,15 @@ def check_name(name: str) -> None:
   Raises:
     UserError: with the nearest name.
   """
-  built_in = name in BUILT_IN or name.startswith(_MC4_PREFIX)
+  built_in = sources.is_built_in(name)
   if built_in and registered(name) is not None:
     raise UserError(
       f'task {name!r} is built in and registered with seqio: register yours '
       'under another name'
     )
   if not built_in and registered(name) is None:
-    known = [*BUILT_IN, 'cache']
-    known += [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-    raise UserError(
-      f'unknown task {name!r}{did_you_mean(name, known)}; built in are '
-      f'{", ".join(BUILT_IN)} and cache, others must be registered with seqio'
-    )
+    own = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
+    raise sources.unknown_task(name, own)
 
 
 def open_corpus(
@@ -106,8 +100,8 @@ def open_corpus(
     return _text(config)
   if name == 'c4_json':
     return _c4_json(config)
-  if name.startswith(_MC4_PREFIX):
-    language = name.removeprefix(_MC4_PREFIX)
+  if name.startswith(sources.MC4_PREFIX):
+    language = name.removeprefix(sources.MC4_PREFIX)
     splits = {
       config.train_split: language,
       config.eval_split: f'{language}-validation',

@@ -264,9 +264,9 @@ def train_vocabulary(
   if not lines:
     raise UserError('the training text is empty: no vocabulary can be made')
   log.info(
-    'training a vocabulary of %d pieces on %.1f million characters',
-    size,
-    sum(map(len, lines)) / 1e6,
+    'training a vocabulary of %s pieces on %s characters',
+    f'{size:,}',
+    f'{sum(map(len, lines)):,}',
   )
   model = BytesIO()
   try:
