@@ -272,23 +272,27 @@ class Experts(nn.Module):
           ('group', None, None, 'mlp'),
         )
       return experts.process_ragged(x, routing, weights, self._hidden, draw)
+    # One axis of rows: with two, XLA transposes operands of weight gradients.
+    names = ('expert', 'expert_group', 'embed')
+    rows = partitioning.reshape(
+      x, (x.shape[0], x.shape[1] * x.shape[2], x.shape[3]), names
+    )
     products = [
-      partitioning.einsum('egcd,edf->egcf', x, wi) for wi in weights.wi
+      partitioning.einsum('end,edf->enf', rows, wi) for wi in weights.wi
     ]
     if dropout:
       draw = partitioning.uniform(
         self.make_rng('dropout'),
         products[0].shape,
-        ('expert', 'expert_group', 'capacity', 'mlp'),
+        ('expert', 'expert_group', 'mlp'),
       )
     bias = weights.bias
     if bias is not None:
-      bias = bias[:, None, None, :]
-    return partitioning.einsum(
-      'egcf,efd->egcd',
-      self._hidden(products, bias, draw),
-      weights.wo,
-      out=('expert', 'expert_group', 'capacity', 'embed'),
+      bias = bias[:, None, :]
+    hidden = self._hidden(products, bias, draw)
+    y = partitioning.einsum('enf,efd->end', hidden, weights.wo, out=names)
+    return partitioning.reshape(
+      y, x.shape, ('expert', 'expert_group', 'capacity', 'embed')
     )
 
   def _hidden(
