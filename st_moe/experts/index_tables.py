@@ -12,6 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+MAX_UNROLLED_CHOICES = 8
+
 
 @flax.struct.dataclass
 class IndexTables:
@@ -50,6 +52,24 @@ def take(rows: jax.Array, index: jax.Array) -> jax.Array:
   )
 
 
+def _sum_choices(
+  rows: jax.Array, slot: jax.Array, gate: jax.Array | None
+) -> jax.Array:
+  """Returns sums over choices of (weighted) rows [G, N, D], float32 [G, S, D].
+
+  Choice by choice, so that the compiler fuses gathers into the sum; together
+  where there are many (experts that choose tokens have K = E).
+  """
+  if slot.shape[-1] > MAX_UNROLLED_CHOICES:
+    taken = take(rows, slot).astype(jnp.float32)  # [G, S, K, D]
+    return jnp.sum(taken if gate is None else gate[..., None] * taken, axis=2)
+  total = jnp.zeros((), jnp.float32)
+  for k in range(slot.shape[-1]):
+    taken = take(rows, slot[..., k]).astype(jnp.float32)  # [G, S, D]
+    total += taken if gate is None else gate[..., k, None] * taken
+  return total
+
+
 @jax.custom_vjp
 def dispatch_rows(x: jax.Array, tables: IndexTables) -> jax.Array:
   """Copies tokens x [G, S, D] to their slots [G, N, D]; zeros where empty."""
@@ -61,9 +81,7 @@ def _dispatch_rows_forward(x, tables):
 
 
 def _dispatch_rows_backward(tables, d_rows):
-  rows = take(d_rows, tables.slot)  # [G, S, K, D]
-  d_x = jnp.sum(rows.astype(jnp.float32), axis=2)
-  return d_x.astype(d_rows.dtype), None
+  return _sum_choices(d_rows, tables.slot, None).astype(d_rows.dtype), None
 
 
 dispatch_rows.defvjp(_dispatch_rows_forward, _dispatch_rows_backward)
@@ -83,8 +101,7 @@ def combine_rows(
   Returns:
     [G, S, D] in the dtype of `rows`.
   """
-  of_token = take(rows, tables.slot).astype(jnp.float32)  # [G, S, K, D]
-  return jnp.sum(gate[..., None] * of_token, axis=2).astype(rows.dtype)
+  return _sum_choices(rows, tables.slot, gate).astype(rows.dtype)
 
 
 def _combine_rows_forward(rows, gate, tables):
@@ -97,9 +114,9 @@ def _combine_rows_backward(residuals, d_y):
   slot_gate = take(flat_gate, tables.assignment)  # [G, N]
   slot_d_y = take(d_y, tables.token()).astype(jnp.float32)
   d_rows = (slot_gate[..., None] * slot_d_y).astype(rows.dtype)
-  of_token = take(rows, tables.slot).astype(jnp.float32)  # [G, S, K, D]
-  d_gate = jnp.sum(of_token * d_y[:, :, None].astype(jnp.float32), axis=-1)
-  return d_rows, d_gate, None
+  # At the slots, where both factors are at hand; then only numbers travel.
+  d_slot_gate = jnp.sum(rows.astype(jnp.float32) * slot_d_y, axis=-1)
+  return d_rows, take(d_slot_gate, tables.slot), None
 
 
 combine_rows.defvjp(_combine_rows_forward, _combine_rows_backward)
