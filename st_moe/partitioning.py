@@ -190,6 +190,42 @@ def reshape(
   return shard(x.reshape(tuple(shape)), *names)
 
 
+def project(
+  x: jax.Array,
+  kernel: jax.Array,
+  names: tuple[str, str],
+  *,
+  transpose: bool = False,
+  preferred_element_type: Any = None,
+) -> jax.Array:
+  """Multiplies every position by a matrix; partial sums are added up.
+
+  Batch and length go as one axis of rows: with two, XLA:CPU transposes a whole
+  operand for the kernel's gradient.
+
+  Args:
+    x: [batch, length, I].
+    kernel: [I, O]; [O, I] if transposed.
+    names: logical axes of I and O.
+    transpose: whether the kernel is.
+    preferred_element_type: of the result; None: x's.
+
+  Returns:
+    [batch, length, O].
+  """
+  batch, length, inputs = x.shape
+  rows = reshape(x, (batch * length, inputs), ('batch', names[0]))
+  y = einsum(
+    'ni,oi->no' if transpose else 'ni,io->no',
+    rows,
+    kernel,
+    out=('batch', names[1]),
+    preferred_element_type=preferred_element_type,
+  )
+  shape = (batch, length, y.shape[-1])
+  return reshape(y, shape, ('batch', 'length', names[1]))
+
+
 def uniform(
   key: jax.Array,
   shape: Sequence[int],

@@ -153,7 +153,7 @@ def test_forward_has_two_all_to_alls(shape, axis_types):
   [
     # Tokens, experts, flags and gates to the experts' devices and noise.
     ((2, 2, 2), 'explicit', {'all-gather'}),
-    ((2, 4, 1), 'auto', {'all-gather'}),
+    ((1, 4, 2), 'auto', {'all-gather'}),
     ((4, 1, 2), 'auto', set()),  # every device has all experts
   ],
 )
