@@ -143,3 +143,36 @@ def test_rows_multiplied_are_within_a_tenth_of_the_rows(num_experts, rows):
     blocks, pieces = count_blocks(sizes)
     multiplied = (blocks * BLOCK_ROWS + pieces * PIECE_ROWS).sum()
     assert rows <= multiplied <= 1.1 * rows
+
+
+@pytest.mark.parametrize('num_experts', [8, 64])
+def test_flops_of_the_tpu_program(num_experts, monkeypatch):
+  """Compiled ahead of time; a Pallas kernel states its own FLOPs."""
+  pytest.importorskip('libtpu')
+  from jax.experimental import topologies
+
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  topology = topologies.get_topology_desc(
+    platform='tpu', topology_name='v5p:2x2x1'
+  )
+  chip = jax.sharding.SingleDeviceSharding(topology.devices[0])
+  rows, inputs, outputs = 16384, 1024, 2816
+
+  def shape(*dims, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=chip)
+
+  x, d_y = shape(rows, inputs), shape(rows, outputs)
+  kernel = shape(num_experts, inputs, outputs)
+  sizes = shape(num_experts, dtype=jnp.int32)
+
+  def forward(x, kernel, sizes):
+    return grouped_matmul(x, kernel, sizes, 'megablox')
+
+  def backward(x, kernel, sizes, d_y):
+    return jax.vjp(lambda x, k: forward(x, k, sizes), x, kernel)[1](d_y)
+
+  ideal = 2 * rows * inputs * outputs
+  assert ideal <= compiled_flops(forward, x, kernel, sizes) <= 1.1 * ideal
+  both = compiled_flops(backward, x, kernel, sizes, d_y)
+  assert 2 * ideal <= both <= 1.1 * 2 * ideal
