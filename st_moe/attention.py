@@ -152,7 +152,8 @@ def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
 
 def project(x: jax.Array, kernel: jax.Array, num_heads: int) -> jax.Array:
   """Returns [batch, length, heads, d_kv] for kernel [d_model, joined_kv]."""
-  return split_heads(partitioning.einsum('bld,dj->blj', x, kernel), num_heads)
+  y = partitioning.project(x, kernel, ('embed', 'joined_kv'))
+  return split_heads(y, num_heads)
 
 
 def attention_logits(
@@ -303,10 +304,9 @@ class Attention(nn.Module):
       y, (*y.shape[:2], joined), ('batch', 'length', 'joined_kv')
     )
     # Adds partial sums over the model axis.
-    y = partitioning.einsum(
-      'blj,jd->bld',
+    y = partitioning.project(
       y,
       self._kernel('out', d_model, joined**-0.5),
-      out=('batch', 'length', 'embed'),
+      ('joined_kv', 'embed'),
     )
     return AttentionOutput(y=y, z_loss=z_loss, key_value=key_value)

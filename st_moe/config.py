@@ -39,6 +39,11 @@ class RouterConfig(Checked):
   min_expert_capacity: int = 4  # Mesh TensorFlow moe.py
   fixed_capacity: int | None = None
 
+  # Evaluate without a capacity: every choice that the policy keeps is computed,
+  # and an example's output does not depend on its neighbours. Decoding always
+  # does so. The paper evaluates with eval_capacity_factor.
+  eval_dropless: bool = False
+
   # Tokens per group, before rounding to whole groups; None: one sequence.
   group_size: int | None = 2048
 
@@ -108,6 +113,11 @@ class RouterConfig(Checked):
       'second_choice_loss_weight needs num_choices >= 2',
     )
     self.require_rate('jitter expert_dropout_rate')
+    self.require(
+      not self.eval_dropless or self.kind != 'expert_choice',
+      "eval_dropless needs kind = 'token_choice': experts that choose take as "
+      'many tokens as they have slots; group_size = None keeps sequences apart',
+    )
     for mode in ('train', 'eval'):
       self.require(
         getattr(self, f'{mode}_choice_policy') != 'random'
@@ -174,8 +184,9 @@ class ModelConfig(Checked):
   sparse_placement: str | int = 't5x'
   encoder_router: RouterConfig = RouterConfig()
   decoder_router: RouterConfig = RouterConfig()
-  # How tokens travel to experts and back (experts.py).
-  dispatch: Literal['auto', 'einsum', 'gather'] = 'auto'
+  # How tokens travel to experts and back (experts/). 'ragged' has no capacity
+  # and drops nothing; 'auto' takes the faster of the other two.
+  dispatch: Literal['auto', 'einsum', 'gather', 'ragged'] = 'auto'
 
   layer_norm_epsilon: float = 1e-6
   layer_norm_scale: bool = True  # False: Table 2, no learned scale
@@ -236,6 +247,11 @@ class ModelConfig(Checked):
         f'{stack}/RouterConfig.num_choices {router.num_choices} exceeds '
         f'num_experts {self.num_experts}',
       )
+    self.require(
+      self.dispatch != 'ragged' or self.encoder_router.kind != 'expert_choice',
+      "dispatch = 'ragged' needs encoder_router.kind = 'token_choice': experts "
+      "that choose take as many tokens as they have slots; use 'auto'",
+    )
     # A causal decoder must not look at later tokens (appendix D).
     self.require(
       self.decoder_router.kind != 'expert_choice',

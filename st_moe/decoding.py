@@ -1,8 +1,9 @@
 """Text from the model: greedy decoding and sampling.
 
 The whole loop runs on the device and stops when every sequence has ended
-(T5X `decoding.py`). Decoding is in evaluation mode: experts have room for
-every token, so a sequence does not depend on its neighbours in the batch.
+(T5X `decoding.py`). Decoding is in evaluation mode and dropless, the encoder
+too: a sequence does not depend on its neighbours in the batch (unless experts
+choose tokens).
 """
 
 import dataclasses

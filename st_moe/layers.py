@@ -136,7 +136,7 @@ class Mlp(nn.Module):
         self.dtype,
         name=f'wi_{index}' if gated else 'wi',
       )()
-      branch = partitioning.einsum('bld,df->blf', x, kernel)
+      branch = partitioning.project(x, kernel, ('embed', 'mlp'))
       branches.append(ACTIVATIONS[activation](branch))
     hidden = functools.reduce(operator.mul, branches)  # [batch, length, d_ff]
     dropout = Dropout(self.dropout_rate, ('batch', 'length', 'mlp'))
@@ -149,9 +149,7 @@ class Mlp(nn.Module):
       name='wo',
     )()
     # Adds partial sums over the model axis.
-    return partitioning.einsum(
-      'blf,fd->bld', hidden, kernel, out=('batch', 'length', 'embed')
-    )
+    return partitioning.project(hidden, kernel, ('mlp', 'embed'))
 
 
 def untied_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -159,8 +157,8 @@ def untied_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
   Products of activation-dtype numbers, added up in float32.
   """
-  return partitioning.einsum(
-    'bld,dv->blv', x, kernel, preferred_element_type=jnp.float32
+  return partitioning.project(
+    x, kernel, ('embed', 'vocab'), preferred_element_type=jnp.float32
   )
 
 
@@ -170,9 +168,10 @@ def tied_logits(x: jax.Array, table: jax.Array) -> jax.Array:
   T5 1.0 and Switch: activations are scaled by d_model^-0.5, since the table
   has unit variance.
   """
-  return partitioning.einsum(
-    'bld,vd->blv',
+  return partitioning.project(
     x * x.shape[-1] ** -0.5,
     table,
+    ('embed', 'vocab'),
+    transpose=True,
     preferred_element_type=jnp.float32,
   )

@@ -90,6 +90,44 @@ class Objective:
   metrics: dict[str, jax.Array]
 
 
+@jax.custom_vjp
+def _token_losses(
+  logits: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns -log softmax(logits)[target] and logsumexp, [batch, length] each.
+
+  Its backward pass makes probabilities from the logits once more, where
+  differentiating logsumexp would keep a second float32 array of their size; the
+  gradient can take the place of the logits.
+
+  Args:
+    logits: float32 [batch, length, vocab].
+    targets: int [batch, length].
+  """
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  # A comparison, not a gather: the vocabulary axis may be sharded.
+  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+  target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+  return log_z - target_logits, log_z
+
+
+def _token_losses_forward(logits, targets):
+  losses, log_z = _token_losses(logits, targets)
+  return (losses, log_z), (logits, targets, log_z)
+
+
+def _token_losses_backward(residuals, gradients):
+  logits, targets, log_z = residuals
+  d_loss, d_log_z = gradients
+  probs = jnp.exp(logits - log_z[..., None])
+  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+  d_logits = (d_loss + d_log_z)[..., None] * probs
+  return d_logits - jnp.where(is_target, d_loss[..., None], 0.0), None
+
+
+_token_losses.defvjp(_token_losses_forward, _token_losses_backward)
+
+
 def cross_entropy(
   logits: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> CrossEntropy:
@@ -102,13 +140,10 @@ def cross_entropy(
   """
   logits = logits.astype(jnp.float32)  # it goes into an exponential
   weights = weights.astype(jnp.float32)
-  log_z = jax.nn.logsumexp(logits, axis=-1)  # [batch, length]
-  # A comparison, not a gather: the vocabulary axis may be sharded.
-  is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-  target_logits = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+  token_losses, log_z = _token_losses(logits, targets)
   correct = jnp.argmax(logits, axis=-1) == targets
   return CrossEntropy(
-    loss=jnp.sum(weights * (log_z - target_logits)),
+    loss=jnp.sum(weights * token_losses),
     z_loss=jnp.sum(weights * jnp.square(log_z)),
     weight=jnp.sum(weights),
     correct=jnp.sum(weights * correct),

@@ -1,7 +1,7 @@
 """The sparse layer: a router, experts, and the way between them.
 
 Owns the router's and the experts' weights and nothing else; the arithmetic is
-in routing/ and experts.py. Paper section 2, appendices A, C and D; Mesh
+in routing/ and experts/. Paper section 2, appendices A, C and D; Mesh
 TensorFlow moe.py:487-565 and 1932-1953.
 
 Letters: B sequences, L length, G groups, S tokens per group, E experts,
@@ -37,7 +37,7 @@ class MoeLayer(nn.Module):
     d_ff: F, of one expert.
     activations: one, or two for a gated expert ('gelu', 'linear': GEGLU).
     router: the router's settings.
-    dispatch: how tokens travel (experts.py).
+    dispatch: how tokens travel (experts/).
     expert_dropout_rate: of the experts' hidden units, in training.
     init_scale: variance of all kernels.
     dtype: of the experts' arithmetic.
@@ -47,7 +47,7 @@ class MoeLayer(nn.Module):
   d_ff: int
   activations: tuple[Activation, ...]
   router: RouterConfig
-  dispatch: Literal['auto', 'einsum', 'gather'] = 'auto'
+  dispatch: Literal['auto', 'einsum', 'gather', 'ragged'] = 'auto'
   expert_dropout_rate: float = 0.0
   init_scale: float = 1.0
   dtype: jnp.dtype = jnp.float32
@@ -71,8 +71,7 @@ class MoeLayer(nn.Module):
       x: [B, L, D].
       mask: bool [B, L], real tokens; None: all.
       train: training or evaluation settings; jitter and dropout.
-      decode: give every expert room for the whole group, so that nothing is
-        dropped and no example depends on its neighbours.
+      decode: drop nothing, so that no example depends on its neighbours.
       token_embeddings: [B, L, D], for `router.word_embedding` modes.
 
     Returns:
@@ -95,8 +94,9 @@ class MoeLayer(nn.Module):
       mask = partitioning.reshape(mask, shape[:2], names[:2])
     if token_embeddings is not None:
       token_embeddings = partitioning.reshape(token_embeddings, shape, names)
+    dropless = self._is_dropless(train=train, decode=decode)
     capacity = shape[1]
-    if not decode:
+    if not dropless:
       capacity = expert_capacity(
         self.router, shape[1], self.num_experts, train=train
       )
@@ -112,7 +112,9 @@ class MoeLayer(nn.Module):
         train=train,
         rng=self._routing_key(),
       )
-    y = self._through_experts(x, routing, train=train)  # [G, S, D]
+    y = self._through_experts(
+      x, routing, train=train, dropless=dropless
+    )  # [G, S, D]
     y = partitioning.reshape(
       y, (batch, length, d_model), ('batch', 'length', 'embed')
     )
@@ -124,8 +126,18 @@ class MoeLayer(nn.Module):
       return self.make_rng('router')
     return None
 
+  def _is_dropless(self, *, train: bool, decode: bool) -> bool:
+    """Returns whether every choice is computed, whatever its expert's load."""
+    if self.router.kind == 'expert_choice':
+      return False  # experts choose as many tokens as they have slots
+    return (
+      decode
+      or self.dispatch == 'ragged'
+      or (self.router.eval_dropless and not train)
+    )
+
   def _through_experts(
-    self, x: jax.Array, routing: Routing, *, train: bool
+    self, x: jax.Array, routing: Routing, *, train: bool, dropless: bool
   ) -> jax.Array:
     """Sends tokens x [G, S, D] to their experts; returns the sums [G, S, D]."""
     backend = experts.choose_backend(
@@ -133,7 +145,21 @@ class MoeLayer(nn.Module):
       platform=jax.default_backend(),
       group_tokens=x.shape[1],
       d_ff=self.d_ff,
+      dropless=dropless,
     ).name
+    feed_forward = Experts(
+      num_experts=self.num_experts,
+      d_ff=self.d_ff,
+      activations=self.activations,
+      bias=self.router.expert_bias,
+      dropout_rate=self.expert_dropout_rate,
+      init_scale=self.init_scale,
+      dtype=self.dtype,
+      name='expert',
+    )
+    if backend == 'ragged':
+      with jax.named_scope('experts'):
+        return feed_forward(x, routing, train=train)
     with jax.named_scope('dispatch'):
       y = experts.dispatch(x, routing, backend)
       # All-to-all: from each group's devices to each expert's. Both ends are
@@ -141,15 +167,7 @@ class MoeLayer(nn.Module):
       y = partitioning.shard(y, None, 'group', 'capacity', 'embed')
       y = partitioning.shard(y, 'expert', 'expert_group', 'capacity', 'embed')
     with jax.named_scope('experts'):
-      y = Experts(
-        d_ff=self.d_ff,
-        activations=self.activations,
-        bias=self.router.expert_bias,
-        dropout_rate=self.expert_dropout_rate,
-        init_scale=self.init_scale,
-        dtype=self.dtype,
-        name='expert',
-      )(y, train=train)
+      y = feed_forward(y, None, train=train)
     with jax.named_scope('combine'):
       y = partitioning.shard(y, None, 'group', 'capacity', 'embed')
       return experts.combine(y, routing, backend)
@@ -215,12 +233,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-  """E feed-forward networks over E buffers, without biases in the kernels.
+  """E feed-forward networks, without biases in the kernels.
 
   One activation: act(x wi) wo. Two: (act_0(x wi_0) * act_1(x wi_1)) wo
   (equation 3). `bias` adds to or multiplies the hidden units (Table 17).
   """
 
+  num_experts: int
   d_ff: int
   activations: tuple[Activation, ...]
   bias: Literal['none', 'additive', 'multiplicative']
@@ -229,49 +248,103 @@ class Experts(nn.Module):
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """Returns [E, G, C, D] for buffers x [E, G, C, D]."""
-    num_experts, d_model = x.shape[0], x.shape[-1]
-    hidden = []
-    for i, activation in enumerate(self.activations):
-      wi = self._kernel(
-        'wi' if len(self.activations) == 1 else f'wi_{i}',
-        (num_experts, d_model, self.d_ff),
-        ('expert', 'expert_embed', 'mlp'),
+  def __call__(
+    self, x: jax.Array, routing: Routing | None, *, train: bool
+  ) -> jax.Array:
+    """Processes buffers, or tokens with their routing.
+
+    Args:
+      x: buffers [E, G, C, D]; with a routing, tokens [G, S, D].
+      routing: of tokens that are sent to their experts and back dropless.
+      train: whether dropout acts.
+
+    Returns:
+      Like `x`.
+    """
+    weights = self._weights(x.shape[-1])
+    dropout = train and self.dropout_rate > 0
+    draw = None
+    if routing is not None:
+      if dropout:
+        draw = partitioning.uniform(
+          self.make_rng('dropout'),
+          (*routing.gate.shape, self.d_ff),
+          ('group', None, None, 'mlp'),
+        )
+      return experts.process_ragged(x, routing, weights, self._hidden, draw)
+    # One axis of rows: with two, XLA transposes operands of weight gradients.
+    names = ('expert', 'expert_group', 'embed')
+    rows = partitioning.reshape(
+      x, (x.shape[0], x.shape[1] * x.shape[2], x.shape[3]), names
+    )
+    products = [
+      partitioning.einsum('end,edf->enf', rows, wi) for wi in weights.wi
+    ]
+    if dropout:
+      draw = partitioning.uniform(
+        self.make_rng('dropout'),
+        products[0].shape,
+        ('expert', 'expert_group', 'mlp'),
       )
-      product = partitioning.einsum('egcd,edf->egcf', x, wi)
-      hidden.append(ACTIVATIONS[activation](product))
-    h = functools.reduce(operator.mul, hidden)  # [E, G, C, F]
+    bias = weights.bias
+    if bias is not None:
+      bias = bias[:, None, :]
+    hidden = self._hidden(products, bias, draw)
+    y = partitioning.einsum('enf,efd->end', hidden, weights.wo, out=names)
+    return partitioning.reshape(
+      y, x.shape, ('expert', 'expert_group', 'capacity', 'embed')
+    )
+
+  def _hidden(
+    self,
+    products: list[jax.Array],
+    bias: jax.Array | None,
+    draw: jax.Array | None,
+  ) -> jax.Array:
+    """Returns hidden units [..., F] from products with each `wi`.
+
+    Args:
+      products: [..., F], one for each activation.
+      bias: broadcasts to a product; None: none.
+      draw: uniform in [0, 1), like a product; a unit is dropped where it
+        exceeds the rate's complement; None: no dropout.
+    """
+    hidden = [
+      ACTIVATIONS[activation](product)
+      for activation, product in zip(self.activations, products, strict=True)
+    ]
+    h = functools.reduce(operator.mul, hidden)
+    if bias is not None:
+      h = h + bias if self.bias == 'additive' else h * bias
+    if draw is not None:
+      keep = 1.0 - self.dropout_rate
+      h = jnp.where(draw < keep, h / keep, 0)
+    return h
+
+  def _weights(self, d_model: int) -> experts.ExpertWeights:
+    """Declares the kernels and the bias."""
+    shape, axes = (self.num_experts, d_model, self.d_ff), experts.WI_AXES
+    gated = len(self.activations) > 1
+    wi = tuple(
+      self._kernel(f'wi_{i}' if gated else 'wi', shape, axes)
+      for i in range(len(self.activations))
+    )
+    bias = None
     if self.bias != 'none':
-      additive = self.bias == 'additive'
       bias = partitioning.param(
         self,
         'bias',
-        nn.initializers.zeros if additive else nn.initializers.ones,
-        (num_experts, self.d_ff),
-        ('expert', 'mlp'),
+        nn.initializers.zeros
+        if self.bias == 'additive'
+        else nn.initializers.ones,
+        (self.num_experts, self.d_ff),
+        experts.BIAS_AXES,
         self.dtype,
-      )[:, None, None, :]
-      h = h + bias if additive else h * bias
-    if train and self.dropout_rate:
-      keep = 1.0 - self.dropout_rate
-      draw = partitioning.uniform(
-        self.make_rng('dropout'),
-        h.shape,
-        ('expert', 'expert_group', 'capacity', 'mlp'),
       )
-      h = jnp.where(draw < keep, h / keep, 0)
     wo = self._kernel(
-      'wo',
-      (num_experts, self.d_ff, d_model),
-      ('expert', 'mlp', 'expert_embed'),
+      'wo', (self.num_experts, self.d_ff, d_model), experts.WO_AXES
     )
-    return partitioning.einsum(
-      'egcf,efd->egcd',
-      h,
-      wo,
-      out=('expert', 'expert_group', 'capacity', 'embed'),
-    )
+    return experts.ExpertWeights(wi=wi, wo=wo, bias=bias)
 
   def _kernel(
     self, name: str, shape: tuple[int, int, int], axes: tuple[str, str, str]

@@ -190,6 +190,42 @@ def reshape(
   return shard(x.reshape(tuple(shape)), *names)
 
 
+def project(
+  x: jax.Array,
+  kernel: jax.Array,
+  names: tuple[str, str],
+  *,
+  transpose: bool = False,
+  preferred_element_type: Any = None,
+) -> jax.Array:
+  """Multiplies every position by a matrix; partial sums are added up.
+
+  Batch and length go as one axis of rows: with two, XLA:CPU transposes a whole
+  operand for the kernel's gradient.
+
+  Args:
+    x: [batch, length, I].
+    kernel: [I, O]; [O, I] if transposed.
+    names: logical axes of I and O.
+    transpose: whether the kernel is.
+    preferred_element_type: of the result; None: x's.
+
+  Returns:
+    [batch, length, O].
+  """
+  batch, length, inputs = x.shape
+  rows = reshape(x, (batch * length, inputs), ('batch', names[0]))
+  y = einsum(
+    'ni,oi->no' if transpose else 'ni,io->no',
+    rows,
+    kernel,
+    out=('batch', names[1]),
+    preferred_element_type=preferred_element_type,
+  )
+  shape = (batch, length, y.shape[-1])
+  return reshape(y, shape, ('batch', 'length', names[1]))
+
+
 def uniform(
   key: jax.Array,
   shape: Sequence[int],
@@ -223,6 +259,77 @@ def take_rows(
     check_divisible((*ids.shape, *table.shape[1:]), names, mesh=mesh)
     return table.at[ids].get(out_sharding=spec(names))
   return shard(table[ids], *names)
+
+
+def on_each_device(
+  function: Callable[..., jax.Array],
+  arguments: Sequence[Any],
+  axes: Sequence[Any],
+  out: Sequence[str | None],
+) -> jax.Array:
+  """Calls `function` on each device's own parts, for moves by hand.
+
+  Inside, nothing moves but what the functions below move.
+
+  Args:
+    function: from the parts of `arguments` to a part of the result.
+    arguments: arrays, trees of arrays, or None.
+    axes: like `arguments`, with logical axis names for each array.
+    out: logical axes of the result.
+
+  Raises:
+    UserError: when a dimension does not divide over its mesh axes.
+  """
+
+  def is_names(axes: Any) -> bool:
+    return isinstance(axes, tuple) and all(
+      name is None or isinstance(name, str) for name in axes
+    )
+
+  if _current() is None:
+    return function(*arguments)
+  axes = tuple(axes)
+  placed = jax.tree.map(
+    lambda names, x: shard(x, *names), axes, tuple(arguments), is_leaf=is_names
+  )
+  specs = jax.tree.map(spec, axes, is_leaf=is_names)
+  return jax.shard_map(
+    function, in_specs=specs, out_specs=spec(out), check_vma=False
+  )(*placed)
+
+
+def first_expert(experts_here: int) -> jax.Array | int:
+  """Returns the first of this device's experts, in `on_each_device`."""
+  if _current() is None:
+    return 0
+  return jax.lax.axis_index('expert') * experts_here
+
+
+def gather_expert_axis(x: jax.Array) -> jax.Array:
+  """Joins the parts [groups, ...] of a row of the 'expert' axis."""
+  if _expert_devices() == 1:
+    return x
+  return jax.lax.all_gather(x, 'expert', axis=0, tiled=True)
+
+
+def scatter_expert_axis(x: jax.Array) -> jax.Array:
+  """Adds up a row of the 'expert' axis; undoes `gather_expert_axis`."""
+  if _expert_devices() == 1:
+    return x
+  return jax.lax.psum_scatter(x, 'expert', scatter_dimension=0, tiled=True)
+
+
+def sum_over_model_axis(x: jax.Array) -> jax.Array:
+  """Adds up partial products over the 'model' axis, in `on_each_device`."""
+  mesh = _current()
+  if mesh is None or mesh.shape['model'] == 1:
+    return x
+  return jax.lax.psum(x, 'model')
+
+
+def _expert_devices() -> int:
+  mesh = _current()
+  return 1 if mesh is None else mesh.shape['expert']
 
 
 def param(

@@ -7,6 +7,7 @@ so that a resumed run sees exactly the batches it would have seen.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import signal
@@ -114,15 +115,7 @@ def describe_run(
   axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
   log.info('mesh: %s on %s', axes, device.device_kind)
   if config.model.num_experts:
-    backend = choose_backend(
-      config.model.dispatch,
-      platform=device.platform,
-      group_tokens=config.model.encoder_router.group_size
-      or config.data.inputs_length,
-      d_ff=config.model.expert_d_ff or config.model.d_ff,
-    )
-    description['dispatch'] = backend.name
-    log.info('dispatch: %s (%s)', backend.name, backend.reason)
+    description['dispatch'] = describe_dispatch(config, mesh)
   if config.checkpoint_every > config.steps:
     log.info(
       'checkpoints: only one, at the end (RunConfig.checkpoint_every %d is '
@@ -131,6 +124,32 @@ def describe_run(
       config.steps,
     )
   return description
+
+
+def describe_dispatch(config: RunConfig, mesh: Mesh) -> str:
+  """Logs how tokens travel, and why; returns the backend's name."""
+  model = config.model
+  routers = {'encoder': model.encoder_router, 'decoder': model.decoder_router}
+  choose = functools.partial(
+    choose_backend,
+    model.dispatch,
+    platform=mesh.devices.flat[0].platform,
+    group_tokens=model.encoder_router.group_size or config.data.inputs_length,
+    d_ff=model.expert_d_ff or model.d_ff,
+    experts_per_device=model.num_experts // mesh.shape['expert'],
+  )
+  backend = choose()
+  log.info('dispatch: %s (%s)', backend.name, backend.reason)
+  for stack, router in routers.items():
+    if router.eval_dropless and backend.name != 'ragged':
+      evaluation = choose(dropless=True)
+      log.info(
+        'dispatch of the %s in evaluation: %s (%s)',
+        stack,
+        evaluation.name,
+        evaluation.reason,
+      )
+  return backend.name
 
 
 class StopSignals:

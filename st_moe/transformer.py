@@ -8,6 +8,7 @@ as values, one per sparse layer, in depth order.
 incremental.py its decoder one position at a time, on the same parameters.
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -282,13 +283,20 @@ def embedding_table(config: ModelConfig, params: Any) -> jax.Array:
 def encode(
   config: ModelConfig, params: Any, encoder_input_tokens: jax.Array
 ) -> jax.Array:
-  """Returns the encoded input [batch, input length, d_model].
+  """Returns the encoded input [batch, input length, d_model], for decoding.
+
+  Tokens that choose their experts get all of them: nothing is dropped, and a
+  sequence does not depend on its neighbours. Experts that choose take the
+  likeliest tokens of a group, so that there it does.
 
   Args:
     config: of the model.
     params: of `EncoderDecoder`.
     encoder_input_tokens: int [batch, input length]; 0 is padding.
   """
+  if config.encoder_router.kind == 'token_choice':
+    router = dataclasses.replace(config.encoder_router, eval_dropless=True)
+    config = dataclasses.replace(config, encoder_router=router)
   embedded = layers.embed(embedding_table(config, params), encoder_input_tokens)
   segments = token_segments(encoder_input_tokens, None)
   return (

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import ROUTER, tiny_config, zero_stats
 
-from st_moe import losses
+from st_moe import layers, losses
 
 
 def make_output(logits=None, encoder=None, decoder=None, **fields):
@@ -43,6 +43,64 @@ def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32():
   high = losses.cross_entropy(logits.astype(jnp.float32), targets, weights)
   assert low.loss == high.loss
   assert low.loss.dtype == jnp.float32
+
+
+def plain_cross_entropy(logits, targets, weights):
+  """The same sums as autodiff sees them."""
+  logits = logits.astype(jnp.float32)
+  log_probs = jax.nn.log_softmax(logits, axis=-1)
+  chosen = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+  log_z = jax.nn.logsumexp(logits, axis=-1)
+  return jnp.sum(-weights * chosen), jnp.sum(weights * log_z**2)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('z_weight', [0.0, 0.5])
+def test_cross_entropy_equals_the_plain_one_in_value_and_gradient(
+  z_weight, dtype
+):
+  keys = jax.random.split(jax.random.key(0), 3)
+  logits = (5 * jax.random.normal(keys[0], (3, 7, 513))).astype(dtype)
+  logits = logits.at[0, 0, 3].set(300.0)  # a probability of 1
+  targets = jax.random.randint(keys[1], (3, 7), 0, 513)
+  targets = targets.at[0, 0].set(3)
+  weights = jax.random.uniform(keys[2], (3, 7)).at[1, 2:].set(0.0)
+
+  def ours(logits):
+    sums = losses.cross_entropy(logits, targets, weights)
+    return sums.loss + z_weight * sums.z_loss
+
+  def plain(logits):
+    loss, z_loss = plain_cross_entropy(logits, targets, weights)
+    return loss + z_weight * z_loss
+
+  (value, gradient), (expected, expected_gradient) = (
+    jax.jit(jax.value_and_grad(function))(logits) for function in (ours, plain)
+  )
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  assert gradient.dtype == dtype
+  np.testing.assert_allclose(
+    gradient.astype(jnp.float32),
+    expected_gradient.astype(jnp.float32),
+    rtol=1e-5 if dtype == jnp.float32 else 2**-7,
+    atol=1e-6,
+  )
+
+
+def test_memory_holds_the_logits_and_their_gradient_and_no_more():
+  batch, length, width, vocab = 4, 16, 32, 100_000
+  targets = jnp.ones((batch, length), jnp.int32)
+
+  def loss(x, kernel):
+    logits = layers.untied_logits(x, kernel)
+    sums = losses.cross_entropy(logits, targets, targets)
+    return sums.loss + sums.z_loss, sums.correct
+
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+  x, kernel = jnp.zeros((batch, length, width)), jnp.zeros((width, vocab))
+  memory = gradient.lower(x, kernel).compile().memory_analysis()
+  logits_bytes = 4 * batch * length * vocab
+  assert memory.temp_size_in_bytes < 2.01 * logits_bytes
 
 
 def test_integer_weights_are_accepted():

@@ -15,7 +15,8 @@ from st_moe.config import MeshConfig, RouterConfig
 from st_moe.errors import UserError
 from st_moe.moe import MoeLayer
 
-# Four groups of 64 tokens, on one device and on a mesh of four batch shards.
+# Four groups of 64 tokens, on one device and on a mesh of four batch shards
+# (eight shards make eight groups).
 BATCH, LENGTH, WIDTH, D_FF, NUM_EXPERTS, GROUP = 8, 32, 16, 32, 4, 64
 PAPER = RouterConfig(  # random second choices, noise everywhere
   group_size=GROUP,
@@ -74,23 +75,26 @@ def on_one_device(router, backend):
   return jax.jit(make_step(router, backend))(params, *make_inputs())
 
 
-def compile_on_mesh(router, backend, axis_types):
-  """Returns the compiled step and its arguments, placed on the mesh."""
-  config = MeshConfig(data=2, expert=2, model=2, axis_types=axis_types)
+def place(config, router):
+  """Returns a mesh, and parameters and inputs on it."""
   mesh = partitioning.make_mesh(config)
   boxed = init(router)
   params = partitioning.unbox(boxed)
   shardings = partitioning.tree_shardings(
     params, partitioning.logical_axes(boxed), mesh, config
   )
-  arguments = (
+  return mesh, (
     jax.device_put(params, shardings),
     *jax.device_put(make_inputs(), partitioning.batch_sharding(mesh)),
   )
+
+
+def compile_on_mesh(router, backend, axis_types, shape=(2, 2, 2)):
+  """Returns the compiled step and its arguments, placed on the mesh."""
+  mesh, arguments = place(MeshConfig(*shape, axis_types=axis_types), router)
   with partitioning.use_mesh(mesh):
-    return jax.jit(make_step(router, backend)).lower(
-      *arguments
-    ).compile(), arguments
+    step = jax.jit(make_step(router, backend))
+    return step.lower(*arguments).compile(), arguments
 
 
 @pytest.mark.parametrize(
@@ -113,16 +117,58 @@ def test_a_mesh_gives_the_numbers_of_one_device(name, backend, axis_types):
     np.testing.assert_allclose(
       np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5
     )
-  text = compiled.as_text()
-  moves = collections.Counter(
+  # There and back, forward and backward; nothing else moves activations.
+  assert moves(compiled) == {'all-to-all': 4}
+
+
+def moves(compiled):
+  """Counts the collectives of a compiled program, sums over devices aside."""
+  return collections.Counter(
     re.findall(
       r' (all-to-all|all-gather|collective-permute|ragged-all-to-all)'
       r'(?:-start)?\(',
-      text,
+      compiled.as_text(),
     )
   )
-  # There and back, forward and backward; nothing else moves activations.
-  assert moves == {'all-to-all': 4}
+
+
+@pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
+@pytest.mark.parametrize('shape', [(2, 2, 2), (2, 4, 1), (1, 4, 2)])
+def test_forward_has_two_all_to_alls(shape, axis_types):
+  layer = make_layer(PAPER, 'auto')
+  config = MeshConfig(*shape, axis_types=axis_types)
+  mesh, arguments = place(config, PAPER)
+  with partitioning.use_mesh(mesh):
+    forward = jax.jit(
+      lambda params, x, mask: layer.apply(
+        {'params': params}, x, mask, train=False
+      )
+    )
+    compiled = forward.lower(*arguments).compile()
+  assert moves(compiled) == {'all-to-all': 2}
+
+
+@pytest.mark.parametrize(
+  'shape, axis_types, expected',
+  [
+    # Tokens, experts, flags and gates to the experts' devices and noise.
+    ((2, 2, 2), 'explicit', {'all-gather'}),
+    ((1, 4, 2), 'auto', {'all-gather'}),
+    ((4, 1, 2), 'auto', set()),  # every device has all experts
+  ],
+)
+def test_dropless_on_a_mesh_gives_the_numbers_of_one_device(
+  shape, axis_types, expected
+):
+  compiled, arguments = compile_on_mesh(PAPER, 'ragged', axis_types, shape)
+  got = jax.tree.leaves(compiled(*arguments))
+  for a, b in zip(
+    got, jax.tree.leaves(on_one_device(PAPER, 'ragged')), strict=True
+  ):
+    np.testing.assert_allclose(
+      np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5
+    )
+  assert set(moves(compiled)) == expected
 
 
 def test_experts_that_do_not_divide_over_their_axis_are_an_error():
