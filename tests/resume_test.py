@@ -112,7 +112,20 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
   corpus, tmp_path, monkeypatch, capsys
 ):
   config = config_for(corpus)
+  begun = []  # the trainer and its first state
+  run_steps = train.run_steps
+
+  def watched(trainer):
+    begun.append((trainer, trainer.state))
+    return run_steps(trainer)
+
+  monkeypatch.setattr(train, 'run_steps', watched)
   pretrain(config, tmp_path / 'whole')
+  monkeypatch.undo()
+  ((trainer, first),) = begun
+  # Compiled once for all steps; the old state's memory went to the new one.
+  assert trainer.train_step._cache_size() == 1
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
   steps = [json.loads(line)['step'] for line in loss_lines(tmp_path / 'whole')]
   assert steps == [4, 6, 8, 12, 12]
 
