@@ -131,9 +131,15 @@ class RelativePositionBias(nn.Module):
       max_distance=self.max_distance,
     )
     # A product with one-hot vectors, not a lookup: the gradient of a lookup
-    # adds up a few numbers at a time.
-    one_hot = jax.nn.one_hot(buckets, self.num_buckets, dtype=table.dtype)
-    return partitioning.einsum('hn,qkn->hqk', table, one_hot)
+    # adds up a few numbers at a time. Pairs on one axis: with two, XLA
+    # transposes an operand of the gradient.
+    one_hot = jax.nn.one_hot(
+      buckets.ravel(), self.num_buckets, dtype=table.dtype
+    )
+    bias = partitioning.einsum('hn,pn->hp', table, one_hot)
+    return partitioning.reshape(
+      bias, (self.num_heads, *buckets.shape), ('heads', None, None)
+    )
 
 
 def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
