@@ -106,7 +106,8 @@ def _add_config(subparsers: Any) -> _Parser:
   command = _add_command(
     subparsers,
     'config',
-    'list gin files, show a whole configuration, or compare two',
+    'list gin files, show FILEs resolved into one configuration, or diff two '
+    '(an ablation is read on top of the first)',
     'show gin_configs/runs/quickstart.gin --gin.STEPS=60',
   )
   command.add_argument('action', nargs='?', metavar='list|show|diff')

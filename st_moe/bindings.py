@@ -126,6 +126,7 @@ def _check_name(binding: Binding) -> None:
     )
   if field not in _fields(class_name):
     near = did_you_mean(field, _fields(class_name))
+    near = near or '; `st_moe config show` lists them all'
     if field in _PARTS:
       near = f'; bind the fields of {_PARTS[field]}'
     elif having := owners(field):

@@ -25,6 +25,11 @@ def names() -> list[str]:
   )
 
 
+def is_ablation(name: str) -> bool:
+  """Whether a file is one of the package's rows of a table, not a whole."""
+  return find(name).is_relative_to(GIN_ROOT / 'ablations')
+
+
 def shown(path: Path) -> str:
   """Returns a path as a person would type it."""
   for root in (GIN_ROOT.parent, Path.cwd()):

@@ -294,9 +294,11 @@ def _config_list() -> None:
 
 def _config_diff(args: argparse.Namespace) -> None:
   """Prints the fields in which two configurations differ."""
+  first, second = args.files
+  above = [first] if gin_files.is_ablation(second) else []
   old, new = (
-    flatten(load_config([*args.gin_file, name], args.gin_bindings, args.seed))
-    for name in args.files
+    flatten(load_config([*args.gin_file, *names], args.gin_bindings, args.seed))
+    for names in ([first], [*above, second])
   )
   changed = [name for name, value in old.items() if value != new[name]]
   for name in changed:
@@ -444,7 +446,8 @@ def _stop_at_once(number, frame) -> None:
   The loop has its own handler. An exception would not do: it may be raised
   inside a library's callback, and is lost there.
   """
-  print('SIGTERM: there was nothing to save; start again to go on', flush=True)
+  print('SIGTERM: nothing had to be saved; go on with:')
+  print(f'  {shlex.join([*_program(), *sys.argv[1:]])}', flush=True)
   os._exit(0)
 
 

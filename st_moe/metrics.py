@@ -353,6 +353,8 @@ class Progress:
     self._live: Live | None = None
 
   def __enter__(self) -> 'Progress':
+    if self._step >= self._total:
+      return self  # nothing is left to train
     if self._shown and self._console.is_terminal:
       self._live = Live(
         console=self._console, auto_refresh=False, transient=False

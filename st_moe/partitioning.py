@@ -88,8 +88,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
   if math.prod(sizes) != len(devices):
     raise UserError(
       f'MeshConfig: data {config.data} x expert {config.expert} x model '
-      f'{config.model} does not make {len(devices)} devices; the axes must '
-      'multiply to the number of devices (-1: the rest)'
+      f'{config.model} does not fit: the axes must multiply to the number of '
+      f'devices, {len(devices)} here (-1: the rest)'
     )
   axis_type = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}[
     config.axis_types

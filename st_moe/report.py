@@ -33,6 +33,7 @@ GREY = '#666666'
 _DPI = 130
 _FEW_POINTS = 30  # up to which single points are marked
 _ANNOTATED_EXPERTS = 16  # up to which a cell of the heat map has its number
+_LOG_RANGE = 20.0  # a larger span is drawn on a log scale
 _PLAIN = FuncFormatter(lambda value, _: f'{value:g}')
 
 
@@ -163,29 +164,27 @@ def draw_curves(run: Run) -> Figure:
   )  # fmt: skip
 
   _prepare(score, 'Negative log perplexity, held-out text', 'nats per token')
+  values = run.column('eval/neg_log_perplexity')[1]
+  label = f'model ({values[-1]:.4f})' if len(values) else 'model'
   _line(
-    score, run, 'eval/neg_log_perplexity', color=BLUE, marker='D',
-    label='model',
-  )  # fmt: skip
+    score, run, 'eval/neg_log_perplexity', color=BLUE, marker='D', label=label
+  )
   unigram = run.last('eval/unigram_neg_log_perplexity')
   if unigram is not None:
     score.axhline(
       unigram, color=GREY, linestyle='--', label=f'unigram ({unigram:.4f})'
     )
-  steps, values = run.column('eval/neg_log_perplexity')
-  if len(steps):
-    score.annotate(
-      f'{values[-1]:.4f}', (steps[-1], values[-1]), xytext=(0, -14),
-      textcoords='offset points', ha='right', fontsize=9, color=BLUE,
-      bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1},
-    )  # fmt: skip
 
   _prepare(rate, 'Learning rate', 'learning rate')
   _line(rate, run, 'learning_rate', color=GREEN, marker=None)
   rate.set_ylim(bottom=0)
-  _prepare(norm, 'Gradient norm', 'global L2 norm, log scale')
-  if _line(norm, run, 'gradient_norm', color=GREEN, marker=None):
+  _prepare(norm, 'Gradient norm', 'global L2 norm')
+  _line(norm, run, 'gradient_norm', color=GREEN, marker=None)
+  norms = run.column('gradient_norm')[1]
+  norms = norms[np.isfinite(norms) & (norms > 0)]
+  if len(norms) and norms.max() > _LOG_RANGE * norms.min():
     norm.set_yscale('log')
+    norm.set_ylabel('global L2 norm, log scale', fontsize=9)
     norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     norm.yaxis.set_major_formatter(_PLAIN)
     norm.yaxis.set_minor_locator(NullLocator())

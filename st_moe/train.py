@@ -28,6 +28,7 @@ from st_moe.errors import UserError
 from st_moe.experts import choose_backend
 from st_moe.optimizer import learning_rate_schedule, make_optimizer
 from st_moe.report import write_report
+from st_moe.routing import num_groups
 from st_moe.step_log import StepLog
 from st_moe.train_state import (
   AbstractState,
@@ -64,7 +65,8 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
     rows = _ROWS * math.ceil(vocabulary_size / _ROWS)
     raise UserError(
       f'the vocabulary has {vocabulary_size} ids, sentinels included, but '
-      f'ModelConfig.vocab_size is {model.vocab_size}; set it to {rows}, or '
+      f'ModelConfig.vocab_size is {model.vocab_size}; set '
+      f'--gin.ModelConfig.vocab_size={rows}, or '
       f'make one of at most {model.vocab_size - config.data.extra_ids} pieces'
     )
   parts = partitioning.batch_shards(mesh) * config.microbatches
@@ -140,6 +142,20 @@ def describe_dispatch(config: RunConfig, mesh: Mesh) -> str:
   )
   backend = choose()
   log.info('dispatch: %s (%s)', backend.name, backend.reason)
+  lengths = {
+    'encoder': config.data.inputs_length,
+    'decoder': config.data.targets_length,
+  }
+  rows = config.batch_size // config.microbatches
+  for stack, router in routers.items():
+    tokens, size = rows * lengths[stack], router.group_size or lengths[stack]
+    groups = num_groups(tokens, size, partitioning.batch_shards(mesh))
+    log.info(
+      'routing in the %s: %d groups of %d tokens',
+      stack,
+      groups,
+      tokens // groups,
+    )
   for stack, router in routers.items():
     if router.eval_dropless and backend.name != 'ragged':
       evaluation = choose(dropless=True)
@@ -429,6 +445,8 @@ def finish(trainer: Trainer) -> None:
 
 def print_summary(summary: dict[str, Any]) -> None:
   """Prints the end of a run: samples, speed, and the score to beat."""
+  if summary['samples']:
+    print('masked [text], and what the model put there, - for nothing:')
   for sample in summary['samples']:
     print(f'  text:  {sample["text"]}')
     print(f'  model: {sample["model"]}\n')

@@ -35,7 +35,7 @@ def test_without_peers_it_says_what_to_install(monkeypatch, capsys):
   err = capsys.readouterr().err
   assert err.startswith('error: no peer to compare with: st-moe-pytorch: ')
   assert (
-    "not installed: torch, st_moe_pytorch; pip install 'st_moe[peers]'" in err
+    "not installed: torch, st_moe_pytorch; pip install -e '.[peers]' -c" in err
   )
   assert 'clone github.com/google/flaxformer' in err
   assert not Path('runs').exists()

@@ -153,7 +153,8 @@ def test_sigterm_before_the_first_step_ends_with_0(tmp_path):
   process.send_signal(signal.SIGTERM)
   rest, errors = process.communicate()
   assert first == 'loading JAX\n'
-  assert rest.startswith('SIGTERM: there was nothing to save')
+  assert rest.startswith('SIGTERM: nothing had to be saved; go on with:\n')
+  assert rest.endswith('--workdir=w --gin_file=runs/quickstart.gin\n')
   assert (process.returncode, errors) == (0, '')
 
 
@@ -447,6 +448,13 @@ def test_config_diff_prints_what_differs(capsys):
     main(['config', 'diff', 'a.gin', 'a.gin', '--gin.RunConfig.seed=3']) == 0
   )
   assert capsys.readouterr().out == 'no difference\n'
+  argv = ['models/st_moe_l.gin', 'ablations/table17_multiplicative_bias.gin']
+  assert main(['config', 'diff', *argv]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines == [
+    f"{stack}/RouterConfig.expert_bias: 'none' -> 'multiplicative'"
+    for stack in ('encoder', 'decoder')
+  ]
   assert main(['config', 'diff', 'a.gin', 'b.gin']) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == 'RunConfig.steps: 1 -> 2'

@@ -70,6 +70,7 @@ def test_scripts_are_there_and_parse(script):
 def write_texts(folder: Path) -> None:
   """Makes the files that the README's commands read."""
   (folder / 'my_text').mkdir()
+  (folder / 'other_text.txt').write_text('one line, all of which is scored\n')
   (folder / 'my_text' / 'a.txt').write_text(
     ''.join(SENTENCE.format(i) + '\n' for i in range(400))
   )

@@ -111,7 +111,7 @@ def _why_not_flaxformer(size: LayerSize) -> str | None:
   )
 
 
-_FROM_INDEX = "pip install 'st_moe[peers]'"
+_FROM_INDEX = "pip install -e '.[peers]' -c constraints.txt"
 _TORCH = (
   Peer(
     'st-moe-pytorch',
@@ -258,7 +258,10 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
     why = {k: v for k, v in missing.items() if v} | reasons[sizes[0]]
     raise UserError(
       'no peer to compare with: '
-      + '; '.join(f'{name}: {reason}' for name, reason in why.items())
+      + '; '.join(
+        f'{", ".join(n for n in why if why[n] == reason)}: {reason}'
+        for reason in dict.fromkeys(why.values())
+      )
     )
   if jax.default_backend() != 'cpu':
     raise UserError(

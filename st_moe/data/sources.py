@@ -118,7 +118,7 @@ def _matches(
 
 @dataclasses.dataclass(frozen=True)
 class TextFiles:
-  """Files to train on and held-out files; the latter may be none."""
+  """Files to train on and held-out files; one of the two may be none."""
 
   train: tuple[Path, ...]
   held_out: tuple[Path, ...]
@@ -126,7 +126,9 @@ class TextFiles:
 
   def fingerprint(self) -> dict[str, Any]:
     """Returns plain values that name the content."""
-    found: dict[str, Any] = {'train': fingerprint_files(self.train)}
+    found: dict[str, Any] = {}
+    if self.train:
+      found['train'] = fingerprint_files(self.train)
     if self.held_out:
       return found | {'held_out': fingerprint_files(self.held_out)}
     return found | {'holdout_every': self.holdout_every}
@@ -135,13 +137,17 @@ class TextFiles:
 def text_files(task: str, config: DataConfig) -> TextFiles:
   """Finds the files of 'text' or 'c4_json'; reads none of them.
 
+  Held-out files alone will do, to evaluate on them.
+
   Raises:
     UserError: nothing given, nothing found, or a file that is both trained on
       and held out.
   """
   suffixes = SUFFIXES[task]
-  train = resolve_files(config.files, suffixes, 'DataConfig.files')
+  train: tuple[Path, ...] = ()
   held_out: tuple[Path, ...] = ()
+  if config.files or not config.eval_files:
+    train = resolve_files(config.files, suffixes, 'DataConfig.files')
   if config.eval_files:
     held_out = resolve_files(
       config.eval_files, suffixes, 'DataConfig.eval_files'
@@ -405,11 +411,12 @@ def hold_out(documents: Sequence[str], every: int, what: str) -> Split:
   count = len(documents)
   if count < every:
     few = f'{count} documents are' if count > 1 else '1 document is'
-    lower = f'set DataConfig.holdout_every to {count} or less'
+    lower = f'set --gin.DataConfig.holdout_every={count} or less'
     raise UserError(
       f'{what}: {few} too few to hold out one in {every} (a document is a '
       "line, or with DataConfig.document = 'paragraph' a paragraph); "
-      f'{lower if count > 1 else "give more"}, or give DataConfig.eval_files'
+      f'{lower if count > 1 else "give more"}, or give '
+      '--gin.DataConfig.eval_files=FILES'
     )
   held_out = count // every
   return Split(

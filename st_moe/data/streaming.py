@@ -29,6 +29,7 @@ from st_moe.data.iterators import (
   next_batch,
 )
 from st_moe.data.mixtures import Part, make_mixture, parse
+from st_moe.data.sources import SUFFIXES
 from st_moe.data.span_corruption import check_lengths
 from st_moe.data.tasks import Corpus, make_task, open_corpus, registered
 from st_moe.data.vocabularies import (
@@ -208,6 +209,11 @@ class StreamingData:
   ) -> StreamingBatches:
     """Returns this process's batches, endlessly."""
     rows = local_rows(batch_size, process_count)
+    reads = [part.name for part in self._parts if part.name in SUFFIXES]
+    if reads and not self._config.files:
+      raise UserError(
+        f'DataConfig.files is empty: task {reads[0]!r} needs text to train on'
+      )
 
     def build() -> tf.data.Dataset:
       # Anew for each iterator: tf.data counts epochs per dataset.

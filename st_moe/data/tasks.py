@@ -163,7 +163,8 @@ def _text(config: DataConfig) -> Corpus:
   if size > _ANNOUNCED_BYTES:
     log.info('reading and checking %.1f GB of text', size / 1e9)
   if files.held_out:
-    split = sources.Split(read(files.train), read(files.held_out))
+    train = read(files.train) if files.train else ()
+    split = sources.Split(train, read(files.held_out))
   else:
     what = f'{files.train[0]} and the rest' if files.train[1:] else ''
     split = sources.hold_out(
@@ -181,6 +182,11 @@ def _random_access(
     config.eval_split: split.held_out,
   }
   counts = {name: len(texts) for name, texts in documents.items()}
+  log.info(
+    'text: %s documents to train on, %s held out',
+    f'{len(split.train):,}',
+    f'{len(split.held_out):,}',
+  )
   errors: list[UserError] = []
   return Corpus(
     source=RandomAccessSource(documents, errors),
@@ -193,7 +199,10 @@ def _random_access(
 def _c4_json(config: DataConfig) -> Corpus:
   files = sources.text_files('c4_json', config)
   every = None if files.held_out else config.holdout_every
-  train = JsonDocuments(files.train, config.max_line_bytes, every)
+  # Without training files nothing is trained on: `train_batches` refuses.
+  train = JsonDocuments(
+    files.train or files.held_out, config.max_line_bytes, every
+  )
   held_out = train
   if files.held_out:
     held_out = JsonDocuments(files.held_out, config.max_line_bytes)
