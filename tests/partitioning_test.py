@@ -30,7 +30,7 @@ def test_minus_one_takes_the_rest_of_the_devices():
 def test_axes_that_do_not_multiply_to_the_devices_are_refused():
   with pytest.raises(UserError, match='data 3 x expert 1 x model 1 .* 8 here'):
     mesh(data=3, expert=1, model=1)
-  with pytest.raises(UserError, match='data -1 x expert 3 x model 1 .* 8 dev'):
+  with pytest.raises(UserError, match='data -1 x expert 3 x model 1 .* 8 here'):
     mesh(data=-1, expert=3, model=1)
 
 
