@@ -167,10 +167,13 @@ class Resolver:
           )
     for name, binding in self._macros.items():
       if name not in read:
-        near = did_you_mean(name, read - {'gin.REQUIRED'})
+        known = read - {'gin.REQUIRED'}
+        near = did_you_mean(name, known)
         having = owners(name.lower())
         if having and not near:
           near = f'; did you mean {having[0]}?'
+        if known and not near:
+          near = f'; there are {", ".join(sorted(known))}'
         raise UserError(f'{binding.where}: nothing reads macro {name}{near}')
 
   def _resolve(self, value: Any, where: str, chain: tuple[str, ...]) -> Setting:

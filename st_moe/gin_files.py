@@ -60,7 +60,7 @@ def find(name: str, included_by: Path | None = None) -> Path:
     if (root / name).exists():
       kind = 'folder' if (root / name).is_dir() else 'device or pipe'
       raise UserError(f'{name} is a {kind}; give a gin file')
-  own = [n for n in names() if Path(n).name == Path(name).name]
+  own = [n for n in names() if Path(n).stem == Path(name).stem]
   nearest = f'; did you mean {own[0]}?' if own else ''
   nearest = nearest or did_you_mean(name, names())
   nearest = nearest or '; see `st_moe config list`'

@@ -52,7 +52,9 @@ def refused(config: DataConfig, rows: int = 0) -> str:
 
 
 def test_a_cache_must_be_named(folder):
-  assert 'needs DataConfig.cache_dir' in refused(DataConfig(task='cache'))
+  assert 'needs --gin.DataConfig.cache_dir=DIR' in refused(
+    DataConfig(task='cache')
+  )
   message = refused(config_of(folder / 'none'))
   assert 'none does not exist; make it with `st_moe cache`' in message
 

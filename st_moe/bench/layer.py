@@ -94,7 +94,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
   output = Output(open_output(args.output, 'layer'), 'layer', args.argv)
   measured = []
   for index, size in enumerate(sizes):
-    output.say(f'[{index + 1}/{len(sizes)}] {size}')
+    output.say(f'[{index + 1}/{len(sizes)}] {size}: compiling')
     found = measure(size, backends, args.rounds, config.seed, output.say)
     measured += found
     for measurement in found:
@@ -154,7 +154,7 @@ def measure(
       + (kind or f', in {size.slots} slots')
     )
   seconds = time.perf_counter() - begin
-  say(f'  {agreement}compiled and compared in {seconds:.0f} s')
+  say(f'  {agreement}compiled and compared in {seconds:.0f} s; timing')
   measured = []
   for mode, both in compiled.items():
     for form in both.values():

@@ -267,7 +267,8 @@ def open_cache(config: DataConfig, *, seed: int) -> CacheData:
   """
   if config.cache_dir is None:
     raise UserError(
-      "task 'cache' needs DataConfig.cache_dir, a folder made by `st_moe cache`"
+      "task 'cache' needs --gin.DataConfig.cache_dir=DIR, a folder made by "
+      '`st_moe cache`'
     )
   folder = Path(config.cache_dir).expanduser()
   manifest = cache_format.read_manifest(folder)
