@@ -304,6 +304,9 @@ def test_the_run_log_says_what_was_chosen_and_why(caplog):
     assert train.describe_dispatch(RunConfig(model=model), mesh) == 'gather'
   assert caplog.messages == [
     'dispatch: gather (row gathers are the fastest form on cpu)',
+    # 128 rows of 512 and 114 tokens; groups of 2048 asked for, 8 shards.
+    'routing in the encoder: 32 groups of 2048 tokens',
+    'routing in the decoder: 8 groups of 1824 tokens',
     'dispatch of the encoder in evaluation: ragged (dropless evaluation, '
     'blocks products; 16 experts per device)',
   ]
