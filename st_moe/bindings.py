@@ -209,6 +209,10 @@ class Resolver:
       if setting.value is not _MISSING
     }
 
+  def binds(self, class_name: str) -> bool:
+    """Whether any field of a class is bound."""
+    return any(name.startswith(f'{class_name}.') for name in self._fields)
+
   def located(self, error: UserError) -> UserError:
     """Returns an error with the places where the fields it names are bound."""
     places = []

@@ -249,8 +249,8 @@ class ModelConfig(Checked):
       )
     self.require(
       self.dispatch != 'ragged' or self.encoder_router.kind != 'expert_choice',
-      "dispatch = 'ragged' needs encoder_router.kind = 'token_choice': experts "
-      "that choose take as many tokens as they have slots; use 'auto'",
+      "dispatch = 'ragged' needs encoder/RouterConfig.kind = 'token_choice': "
+      "experts that choose take as many tokens as they have slots; use 'auto'",
     )
     # A causal decoder must not look at later tokens (appendix D).
     self.require(
@@ -391,6 +391,11 @@ class DataConfig(Checked):
   targets_length: int = 114
   pack: bool = False
   shuffle: bool = True
+
+  @property
+  def lengths(self) -> dict[str, int]:
+    """Tokens of a row in each stack."""
+    return {'encoder': self.inputs_length, 'decoder': self.targets_length}
 
   def check(self) -> None:
     self.require_positive(

@@ -165,10 +165,17 @@ def _configure(
   args: argparse.Namespace,
   files: Sequence[str],
   flags: Sequence[Binding] = (),
+  *,
+  needs_model: bool = False,
 ) -> RunConfig:
   """Builds the configuration of a command; later errors are located by it."""
   bindings = read_bindings(files, [*args.gin_bindings, *flags], args.seed)
   args.resolver = Resolver(bindings)
+  if needs_model and not args.resolver.binds('ModelConfig'):
+    raise UserError(
+      'no model is configured; add --gin_file=gin_configs/models/NAME.gin '
+      'before the run file; see `st_moe config list`'
+    )
   return args.resolver.run_config()
 
 
@@ -198,13 +205,7 @@ def _pretrain(args: argparse.Namespace) -> None:
       'pretrain needs --gin_file=FILE, for example '
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
-  bindings = read_bindings(args.gin_file, args.gin_bindings)
-  if not any(b.name.startswith('ModelConfig.') for b in bindings):
-    raise UserError(
-      'no model is configured; add --gin_file=gin_configs/models/NAME.gin '
-      'before the run file; see `st_moe config list`'
-    )
-  config = _configure(args, args.gin_file)
+  config = _configure(args, args.gin_file, needs_model=True)
   check_path(workdir)
   _prepare(args)
   log.info('loading JAX')

@@ -26,20 +26,15 @@ from st_moe.config import RunConfig
 from st_moe.data.pipeline import open_data
 from st_moe.errors import UserError
 from st_moe.experts import choose_backend
-from st_moe.optimizer import learning_rate_schedule, make_optimizer
 from st_moe.report import write_report
 from st_moe.routing import num_groups
 from st_moe.step_log import StepLog
 from st_moe.train_state import (
   AbstractState,
   TrainState,
-  abstract_state,
-  create_state,
   parameter_counts,
-  state_shardings,
 )
-from st_moe.train_step import init_key, make_train_step
-from st_moe.transformer import EncoderDecoder
+from st_moe.train_step import step_program
 from st_moe.workdir import (
   WorkDirectory,
   open_workdir,
@@ -142,13 +137,10 @@ def describe_dispatch(config: RunConfig, mesh: Mesh) -> str:
   )
   backend = choose()
   log.info('dispatch: %s (%s)', backend.name, backend.reason)
-  lengths = {
-    'encoder': config.data.inputs_length,
-    'decoder': config.data.targets_length,
-  }
   rows = config.batch_size // config.microbatches
   for stack, router in routers.items():
-    tokens, size = rows * lengths[stack], router.group_size or lengths[stack]
+    length = config.data.lengths[stack]
+    tokens, size = rows * length, router.group_size or length
     groups = num_groups(tokens, size, partitioning.batch_shards(mesh))
     log.info(
       'routing in the %s: %d groups of %d tokens',
@@ -220,28 +212,6 @@ class Trainer:
     )
 
 
-def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
-  """Returns the shapes of a training batch, as the data path makes it."""
-  stacks = {
-    'encoder': ('input_tokens',),
-    'decoder': ('input_tokens', 'target_tokens', 'loss_weights'),
-  }
-  packed = ('segment_ids', 'positions') if config.data.pack else ()
-  lengths = {
-    'encoder': config.data.inputs_length,
-    'decoder': config.data.targets_length,
-  }
-  return {
-    f'{stack}_{feature}': jax.ShapeDtypeStruct(
-      (config.batch_size, lengths[stack]),
-      np.int32,
-      sharding=partitioning.batch_sharding(mesh),
-    )
-    for stack, features in stacks.items()
-    for feature in features + packed
-  }
-
-
 def start(
   config: RunConfig,
   workdir: WorkDirectory,
@@ -258,19 +228,8 @@ def start(
   check_run(config, data.vocabulary.vocab_size, mesh)
   workdir.check_data(data.fingerprint, allow=allow_config_change)
 
-  shapes = abstract_state(config, EncoderDecoder(config.model))
-  shardings = state_shardings(shapes, mesh, config.mesh)
-  optimizer = make_optimizer(config.optimizer, shapes.axes, config.steps)
-  schedule = learning_rate_schedule(config.optimizer, config.steps)
-  train_step = jax.jit(
-    make_train_step(config, optimizer, schedule),
-    donate_argnums=0,
-    out_shardings=(shardings, None),
-  )
-  abstract = shapes.with_shardings(shardings)
   log.info('building the model')
-  with partitioning.use_mesh(mesh):  # what cannot be divided is found here
-    train_step.trace(abstract, abstract_batch(config, mesh))
+  program = step_program(config, mesh)  # what cannot be divided is found here
 
   batches = data.train_batches(
     config.batch_size,
@@ -285,25 +244,22 @@ def start(
   # Restore order: 1. the work directory's latest good checkpoint, 2. scratch.
   rows: list[dict[str, float]] = []
   if checkpointer.latest_step() is not None:
-    restored = checkpointer.restore(None, abstract)
+    restored = checkpointer.restore(None, program.abstract)
     state = restored.state
     batches.set_state(restored.data_state)
     rows = list(restored.metadata['interval'])
     log.info('resumed at step %d', restored.step)
   else:
-    state = create_state(
-      config,
-      EncoderDecoder(config.model),
-      optimizer,
-      init_key(config.seed),
-      shardings,
-    )
+    state = program.initial_state()
   workdir.keep_vocabulary(data.vocabulary.spec)
   workdir.record(
     config,
     operative_config=operative_config,
     command=command,
-    details={'data': data.fingerprint, **describe_run(config, shapes, mesh)},
+    details={
+      'data': data.fingerprint,
+      **describe_run(config, program.shapes, mesh),
+    },
   )
   writer = metrics.MetricsWriter(workdir.path, tensorboard=config.tensorboard)
   writer.truncate_after(int(state.step))
@@ -317,7 +273,7 @@ def start(
     writer=writer,
     batches=batches,
     rows=rows,
-    train_step=train_step,
+    train_step=program.step,
     evaluator=evaluate.Evaluator(config, data, mesh),
   )
 

@@ -3,17 +3,27 @@
 The step that `st_moe pretrain` runs and that `st_moe plan` compiles.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from st_moe import losses, partitioning
 from st_moe.config import RunConfig
-from st_moe.train_state import TrainState
-from st_moe.transformer import apply_model
+from st_moe.optimizer import learning_rate_schedule, make_optimizer
+from st_moe.train_state import (
+  AbstractState,
+  TrainState,
+  abstract_state,
+  create_state,
+  state_shardings,
+)
+from st_moe.transformer import EncoderDecoder, apply_model
 
 # Streams folded into the seed, so that initialization and the steps (dropout,
 # routing) draw independent numbers.
@@ -156,3 +166,80 @@ def make_train_step(
     return new_state, result
 
   return train_step
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> dict[str, Any]:
+  """Returns the shapes of a training batch, as the data path makes it."""
+  stacks = {
+    'encoder': ('input_tokens',),
+    'decoder': ('input_tokens', 'target_tokens', 'loss_weights'),
+  }
+  packed = ('segment_ids', 'positions') if config.data.pack else ()
+  return {
+    f'{stack}_{feature}': jax.ShapeDtypeStruct(
+      (config.batch_size, config.data.lengths[stack]),
+      np.int32,
+      sharding=partitioning.batch_sharding(mesh),
+    )
+    for stack, features in stacks.items()
+    for feature in features + packed
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProgram:
+  """The step of a run on its mesh, traced, and the state it works on.
+
+  Attributes:
+    config: the run.
+    shapes: of the state.
+    step: jitted `(state, batch) -> (state, metrics)`; takes over the state's
+      memory.
+    traced: the same on the shapes of a batch; nothing is compiled yet.
+    optimizer: of the run.
+    shardings: of the state.
+  """
+
+  config: RunConfig
+  shapes: AbstractState
+  step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Any]]
+  traced: Any
+  optimizer: optax.GradientTransformation
+  shardings: TrainState
+
+  @property
+  def abstract(self) -> TrainState:
+    """The state's shapes with their places on the mesh."""
+    return self.shapes.with_shardings(self.shardings)
+
+  def initial_state(self) -> TrainState:
+    """Returns the state at step 0, drawn from the run's seed."""
+    return create_state(
+      self.config,
+      EncoderDecoder(self.config.model),
+      self.optimizer,
+      init_key(self.config.seed),
+      self.shardings,
+    )
+
+
+def step_program(config: RunConfig, mesh: Mesh) -> StepProgram:
+  """Builds and traces the step that a run repeats; compiles nothing.
+
+  Raises:
+    UserError: when sizes do not divide over the mesh.
+  """
+  shapes = abstract_state(config, EncoderDecoder(config.model))
+  shardings = state_shardings(shapes, mesh, config.mesh)
+  optimizer = make_optimizer(config.optimizer, shapes.axes, config.steps)
+  schedule = learning_rate_schedule(config.optimizer, config.steps)
+  step = jax.jit(
+    make_train_step(config, optimizer, schedule),
+    donate_argnums=0,
+    out_shardings=(shardings, None),
+  )
+  with partitioning.use_mesh(mesh):
+    traced = step.trace(
+      shapes.with_shardings(shardings), abstract_batch(config, mesh)
+    )
+  return StepProgram(config, shapes, step, traced, optimizer, shardings)

@@ -293,8 +293,6 @@ def open_workdir(path: Path) -> WorkDirectory:
   try:
     path.mkdir(parents=True, exist_ok=True)
     lock = (path / '.lock').open('a+')
-  except (FileExistsError, NotADirectoryError):
-    raise UserError(f'--workdir={path} is a file; give a directory') from None
   except OSError as e:
     raise UserError(
       f'--workdir={path} cannot be written ({e.strerror}); choose another'

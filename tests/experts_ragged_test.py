@@ -174,34 +174,6 @@ def test_nothing_is_dropped_at_any_capacity_factor():
   np.testing.assert_allclose(dropless[0], roomy[0], rtol=1e-5, atol=1e-5)
 
 
-def test_dropout_falls_on_the_units_of_each_choice():
-  """Identity experts of one choice show the noise itself."""
-  router = dataclasses.replace(ROOMY, num_choices=1, gate_normalization='none')
-  layer = make_layer(
-    router,
-    'ragged',
-    num_experts=1,
-    activations=('linear',),
-    d_ff=WIDTH,
-    expert_dropout_rate=0.25,
-  )
-  eye = {'kernel': jnp.eye(WIDTH)[None]}
-  params = init(layer) | {'expert': {'wi': eye, 'wo': eye}}
-  ones = jnp.ones((BATCH, LENGTH, WIDTH))
-
-  def run(train):
-    rngs = {'dropout': jax.random.key(3)}
-    return np.asarray(
-      layer.apply({'params': params}, ones, None, train=train, rngs=rngs)[0]
-    )
-
-  np.testing.assert_allclose(run(False), ones)
-  y = run(True)
-  np.testing.assert_allclose(y[y > 0], 1 / 0.75, rtol=1e-6)
-  deviation = np.sqrt(0.25 * 0.75 / y.size)
-  np.testing.assert_allclose((y == 0).mean(), 0.25, atol=4 * deviation)
-
-
 @pytest.mark.parametrize('gradients', [False, True])
 def test_compiled_flops_do_not_grow_with_the_experts(gradients):
   """`cost_analysis` counts a loop's body once: bodies do not know E.
@@ -290,7 +262,7 @@ def test_decoding_ignores_neighbours_where_evaluation_would_drop():
 def test_experts_that_choose_are_never_dropless():
   with pytest.raises(UserError, match='eval_dropless needs kind'):
     RouterConfig(kind='expert_choice', eval_dropless=True)
-  with pytest.raises(UserError, match="dispatch = 'ragged' needs encoder_rout"):
+  with pytest.raises(UserError, match="dispatch = 'ragged' needs encoder/Rout"):
     ModelConfig(
       encoder_router=RouterConfig(kind='expert_choice'), dispatch='ragged'
     )

@@ -158,7 +158,8 @@ def test_expert_bias_starts_neutral_and_acts_on_the_hidden_units(x, kind):
   np.testing.assert_allclose(y, hidden @ wo, rtol=1e-5, atol=1e-5)
 
 
-def test_expert_dropout_acts_on_single_hidden_units_in_training_only():
+@pytest.mark.parametrize('dispatch', ['gather', 'ragged'])
+def test_expert_dropout_acts_on_single_hidden_units_in_training_only(dispatch):
   router = dataclasses.replace(ROOMY, num_choices=1)
   layer = make_layer(
     router,
@@ -166,6 +167,7 @@ def test_expert_dropout_acts_on_single_hidden_units_in_training_only():
     activations=('linear',),
     d_ff=WIDTH,
     expert_dropout_rate=0.25,
+    dispatch=dispatch,
   )
   eye = {'kernel': jnp.eye(WIDTH)[None]}
   params = init(layer) | {'expert': {'wi': eye, 'wo': eye}}

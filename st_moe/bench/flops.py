@@ -83,10 +83,7 @@ def step_flops(config: RunConfig, shards: int) -> dict[str, float]:
   """
   model, batch = config.model, config.batch_size
   joined = model.num_heads * model.d_kv
-  lengths = {
-    'encoder': config.data.inputs_length,
-    'decoder': config.data.targets_length,
-  }
+  lengths = config.data.lengths
 
   def attention(queries: int, keys: int) -> float:
     projections = 4 * (queries + keys) * model.d_model * joined

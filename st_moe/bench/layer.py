@@ -13,7 +13,7 @@ from st_moe.bench.results import (
   Output,
   as_json,
   mebibytes,
-  milliseconds,
+  medians,
   number,
   open_output,
 )
@@ -204,8 +204,7 @@ def _print(output: Output, m: Measurement) -> None:
     rows.append(
       (
         name,
-        milliseconds(Spread.of([s.wall for s in samples]).median),
-        milliseconds(Spread.of([s.cpu for s in samples]).median),
+        *medians(samples),
         str(m.ratio(name, BATCHED)),
         number(m.ratio(name, BATCHED, 'cpu').median),
         str(m.ratio(name, DENSE)),

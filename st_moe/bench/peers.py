@@ -30,7 +30,7 @@ from st_moe.bench.forms import MODES, LayerForms
 from st_moe.bench.results import (
   Output,
   as_json,
-  milliseconds,
+  medians,
   number,
   open_output,
 )
@@ -313,7 +313,8 @@ def compare(
   layer = LayerForms(size, seed)
   ours = layer.moe('auto')
   forms: dict[str, list[Any]] = {
-    mode: [_named(CompiledForm(ours[mode]), OURS)] for mode in MODES
+    mode: [CompiledForm(dataclasses.replace(ours[mode], name=OURS))]
+    for mode in MODES
   }
   children = []
   try:
@@ -349,17 +350,11 @@ def compare(
       process.wait()
 
 
-def _named(form: CompiledForm, name: str) -> CompiledForm:
-  form.name = name
-  return form
-
-
 def _print(output: Output, c: Comparison) -> None:
   rows = [
     (
       name,
-      milliseconds(Spread.of([s.wall for s in samples]).median),
-      milliseconds(Spread.of([s.cpu for s in samples]).median),
+      *medians(samples),
       str(c.ratio(name)),
       number(c.ratio(name, 'cpu').median),
       number(c.fastest(name)),

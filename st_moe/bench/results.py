@@ -77,6 +77,14 @@ def as_json(samples: Sequence[Sample]) -> dict[str, Any]:
   }
 
 
+def medians(samples: Sequence[Sample]) -> tuple[str, str]:
+  """Returns the medians of wall and processor time, in milliseconds."""
+  return (
+    milliseconds(Spread.of([s.wall for s in samples]).median),
+    milliseconds(Spread.of([s.cpu for s in samples]).median),
+  )
+
+
 class Output:
   """Prints while a benchmark runs, and writes its results at the end."""
 

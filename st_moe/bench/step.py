@@ -27,16 +27,9 @@ from st_moe.bench.shares import traced_shares
 from st_moe.bench.timing import Sample, Spread, flops, run_rounds, temp_bytes
 from st_moe.config import RunConfig, to_dict
 from st_moe.errors import RunStopped, UserError
-from st_moe.optimizer import learning_rate_schedule, make_optimizer
-from st_moe.train import abstract_batch, check_run
-from st_moe.train_state import (
-  abstract_state,
-  create_state,
-  parameter_counts,
-  state_shardings,
-)
-from st_moe.train_step import init_key, make_train_step
-from st_moe.transformer import EncoderDecoder
+from st_moe.train import check_run
+from st_moe.train_state import parameter_counts
+from st_moe.train_step import step_program
 
 _BATCHES = 4
 _TRACED_STEPS = 3
@@ -64,25 +57,13 @@ class TrainStep:
     if jax.process_count() > 1:
       raise UserError('bench step runs on the devices of one process only')
     check_run(config, config.model.vocab_size, self.mesh)
-    model = EncoderDecoder(config.model)
-    shapes = abstract_state(config, model)
-    self.counts = parameter_counts(shapes)
-    shardings = state_shardings(shapes, self.mesh, config.mesh)
-    optimizer = make_optimizer(config.optimizer, shapes.axes, config.steps)
-    schedule = learning_rate_schedule(config.optimizer, config.steps)
-    step = jax.jit(
-      make_train_step(config, optimizer, schedule),
-      donate_argnums=0,
-      out_shardings=(shardings, None),
-    )
     begin = time.perf_counter()
+    program = step_program(config, self.mesh)
     with partitioning.use_mesh(self.mesh):
-      self.compiled = step.lower(
-        shapes.with_shardings(shardings), abstract_batch(config, self.mesh)
-      ).compile()
+      self.compiled = program.traced.lower().compile()
     self.compile_seconds = time.perf_counter() - begin
-    key = init_key(config.seed)
-    self._state = create_state(config, model, optimizer, key, shardings)
+    self.counts = parameter_counts(program.shapes)
+    self._state = program.initial_state()
     self._batches = [
       partitioning.shard_batch(random_batch(config, seed), self.mesh)
       for seed in range(_BATCHES)
