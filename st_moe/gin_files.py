@@ -1,7 +1,22 @@
-"""Where gin files are: the package's own, and the user's."""
+"""gin files: where they are, and reading them as data.
 
+gin is used here and nowhere else, and of gin only the parser. Every statement
+binds a field of a dataclass in config.py or a macro; imports and references
+are refused. So a gin file is data, wherever it comes from: nothing in it can
+import or call anything, and no global state is left behind. Names, macros and
+types are checked against the dataclasses, with the file and line.
+"""
+
+import dataclasses
+import tokenize
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from gin import config_parser
+
+from st_moe.bindings import Binding, Macro, Resolver, inside
+from st_moe.config import RunConfig
 from st_moe.errors import UserError, did_you_mean
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -66,3 +81,115 @@ def find(name: str, included_by: Path | None = None) -> Path:
   nearest = nearest or '; see `st_moe config list`'
   by = f'{shown(included_by)}: ' if included_by else ''
   raise UserError(f'{by}no gin file {name}{nearest}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+  """`@name` or `@name()` as a value: always refused."""
+
+  name: str
+
+
+class _Names(config_parser.ParserDelegate):
+  """Keeps references and macros as names: nothing is looked up or called."""
+
+  def configurable_reference(self, name, evaluate):
+    return Reference(name)
+
+  def macro(self, name):
+    return Macro(name)
+
+
+def _parse(text: str) -> Iterator[Any]:
+  """Yields gin statements; raises SyntaxError with a line number."""
+  try:
+    parser = config_parser.ConfigParser(text, _Names())
+    while statement := parser.parse_statement():
+      yield statement
+  except tokenize.TokenError as e:
+    raise SyntaxError(e.args[0], (None, e.args[1][0], None, None)) from None
+  # gin runs out of tokens, or meets a name that is none, or nests too deep.
+  except (StopIteration, ValueError, RecursionError) as e:
+    raise SyntaxError(str(e), (None, None, None, None)) from None
+
+
+def _binding(name: str, value: Any, where: str) -> Binding:
+  for reference in inside(value, Reference):
+    raise UserError(
+      f'{where}: the reference @{reference.name} is refused: a configuration '
+      'holds values and %MACROS only'
+    )
+  return Binding(name, value, where)
+
+
+def read_file(path: Path, chain: tuple[Path, ...] = ()) -> list[Binding]:
+  """Reads a gin file and what it includes, in order.
+
+  Raises:
+    UserError: with file and line, for what is not gin or not data.
+  """
+  if path in chain:
+    raise UserError(f'{shown(chain[-1])} includes {shown(path)}: a circle')
+  bindings = []
+  try:
+    for statement in _parse(path.read_text(encoding='utf-8')):
+      where = f'{shown(path)}:{statement.location.line_num}'
+      if isinstance(statement, config_parser.IncludeStatement):
+        included = find(statement.filename, included_by=path)
+        bindings += read_file(included, (*chain, path))
+      elif isinstance(statement, config_parser.ImportStatement):
+        raise UserError(
+          f'{where}: `{statement.format()}` is refused: a configuration holds '
+          'values only and imports nothing'
+        )
+      elif isinstance(statement, config_parser.BindingStatement):
+        scope = f'{statement.scope}/' if statement.scope else ''
+        field = f'.{statement.arg_name}' if statement.arg_name else ''
+        name = f'{scope}{statement.selector}{field}'
+        bindings.append(_binding(name, statement.value, where))
+  except SyntaxError as e:
+    line = f':{e.lineno}' if e.lineno else ''
+    raise UserError(
+      f'{shown(path)}{line}: not gin; write NAME = VALUE, strings in quotes'
+    ) from e
+  except (OSError, UnicodeDecodeError) as e:
+    raise UserError(f'cannot read {shown(path)}: {e}') from e
+  return bindings
+
+
+def parse_flag(text: str) -> Binding:
+  """Reads 'NAME=VALUE' of `--gin.NAME=VALUE`.
+
+  What is no gin value is a string: `--gin.TASK=docstrings`.
+  """
+  name, equals, value_text = text.partition('=')
+  if not equals or not name:
+    raise UserError(f'--gin.{name} needs a value: --gin.{name}=VALUE')
+  try:
+    (statement,) = _parse(f'value = {value_text}')
+    value = statement.value
+  except (SyntaxError, ValueError):
+    value = value_text
+  return _binding(name, value, f'--gin.{name}')
+
+
+def read_bindings(
+  files: Sequence[str], flags: Sequence[Binding] = (), seed: int | None = None
+) -> list[Binding]:
+  """Returns all that files, then flags, then --seed bind; later ones win."""
+  bindings = [b for name in files for b in read_file(find(name))]
+  bindings += flags
+  if seed is not None:
+    bindings.append(Binding('RunConfig.seed', seed, '--seed'))
+  return bindings
+
+
+def load_config(
+  files: Sequence[str], flags: Sequence[Binding] = (), seed: int | None = None
+) -> RunConfig:
+  """Builds a run's configuration from gin files and command-line bindings.
+
+  Raises:
+    UserError: one line that names what is wrong, and where.
+  """
+  return Resolver(read_bindings(files, flags, seed)).run_config()

@@ -7,7 +7,7 @@ import pytest
 from st_moe import gin_files
 from st_moe.config import ROUTER_PRESETS, RunConfig
 from st_moe.errors import UserError
-from st_moe.main import load_config, parse_flag
+from st_moe.gin_files import load_config, parse_flag
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from st_moe import gin_files
 from st_moe.bindings import operative_config
 from st_moe.config import RunConfig
 from st_moe.errors import RunStopped, UserError
-from st_moe.main import load_config, main
+from st_moe.gin_files import load_config
+from st_moe.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ import pytest
 from st_moe import gin_files
 from st_moe.bindings import Binding, operative_config
 from st_moe.config import RunConfig
-from st_moe.main import load_config, parse_flag, read_file
+from st_moe.gin_files import load_config, parse_flag, read_file
 
 MODELS = sorted(
   path.stem for path in (gin_files.GIN_ROOT / 'models').glob('*.gin')

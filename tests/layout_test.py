@@ -178,8 +178,8 @@ def test_t5_is_no_dependency():
   assert users_of({'t5'}) == set()
 
 
-def test_gin_is_imported_by_main_only():
-  assert users_of({'gin'}) == {'main.py'}
+def test_gin_is_imported_by_gin_files_only():
+  assert users_of({'gin'}) == {'gin_files.py'}
 
 
 def test_orbax_is_imported_by_checkpoint_only():
