@@ -10,8 +10,10 @@ Layers say where data moves and nowhere else: contractions over a sharded axis
 """
 
 import contextlib
+import contextvars
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -25,16 +27,17 @@ from jax.sharding import PartitionSpec as P
 from st_moe.config import MeshConfig
 from st_moe.errors import UserError
 
-MESH_AXES = ('data', 'expert', 'model')
+MESH_AXES = ('slice', 'data', 'expert', 'model')
 # Sequences are split over every axis that is not the model axis: expert
 # parallelism shares the data-parallel devices (paper, appendix H).
-BATCH_AXES = ('data', 'expert')
+BATCH_AXES = ('slice', 'data', 'expert')
 
 # Logical axes of activations and, while they are used, of weights.
 COMPUTE_RULES: dict[str, str | tuple[str, ...] | None] = {
   'batch': BATCH_AXES,
   'group': BATCH_AXES,  # tokens before and after the experts
-  'expert_group': 'data',  # the same groups while at the experts
+  # The same groups while at the experts: every slice has all experts.
+  'expert_group': ('slice', 'data'),
   'expert': 'expert',
   'capacity': None,
   'length': None,
@@ -54,11 +57,12 @@ COMPUTE_RULES: dict[str, str | tuple[str, ...] | None] = {
 def storage_rules(config: MeshConfig) -> dict[str, Any]:
   """Returns the rules for stored parameters and optimizer state.
 
-  FSDP stores the `embed` axis of weights in parts over 'data'.
+  FSDP stores the `embed` axis of weights in parts, within a slice: the slow
+  network between slices gathers no weights.
   """
   rules = dict(COMPUTE_RULES)
   if config.fsdp_dense:
-    rules['embed'] = 'data'
+    rules['embed'] = config.fsdp_dense_axes
   if config.fsdp_experts:
     rules['expert_embed'] = 'data'
   return rules
@@ -74,36 +78,100 @@ def spec(names: Sequence[str | None], rules: dict[str, Any] | None = None) -> P:
   return P(*(None if name is None else rules[name] for name in names))
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-  """Builds the (data, expert, model) mesh over `devices` (default: all).
+def mesh_sizes(
+  config: MeshConfig, num_devices: int, num_slices: int | None = None
+) -> tuple[int, int, int, int]:
+  """Returns the sizes of MESH_AXES, with -1 and slice 0 filled in.
+
+  Args:
+    config: the mesh.
+    num_devices: over all slices.
+    num_slices: of a TPU job, where a slice of the mesh must be one of these;
+      None: any device is near any other.
 
   Raises:
-    UserError: when the axes do not multiply to the number of devices.
+    UserError: when the axes do not multiply to the number of devices, or the
+      slices are not those of the job.
+  """
+  slices = config.slice or num_slices or 1
+  sizes = [slices, config.data, config.expert, config.model]
+  known = math.prod(n for n in sizes if n != -1)
+  if -1 in sizes and num_devices % known == 0:
+    sizes[sizes.index(-1)] = num_devices // known
+  if math.prod(sizes) != num_devices:
+    outer = f'slice {slices} x ' if slices > 1 else ''
+    raise UserError(
+      f'MeshConfig: {outer}data {config.data} x expert {config.expert} x model '
+      f'{config.model} does not fit: the axes must multiply to the number of '
+      f'devices, {num_devices} here (-1: the rest)'
+    )
+  if num_slices is not None and slices != num_slices:
+    raise UserError(
+      f'MeshConfig.slice is {slices}, but this job has {num_slices} TPU '
+      'slice(s); leave it at 0'
+    )
+  return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+  """Builds the (slice, data, expert, model) mesh over `devices`.
+
+  Args:
+    config: the sizes of its axes.
+    devices: of this run or of an ahead-of-time topology; None: all.
+
+  Raises:
+    UserError: see `mesh_sizes`.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = [config.data, config.expert, config.model]
-  known = math.prod(n for n in sizes if n != -1)
-  if -1 in sizes and len(devices) % known == 0:
-    sizes[sizes.index(-1)] = len(devices) // known
-  if math.prod(sizes) != len(devices):
-    raise UserError(
-      f'MeshConfig: data {config.data} x expert {config.expert} x model '
-      f'{config.model} does not fit: the axes must multiply to the number of '
-      f'devices, {len(devices)} here (-1: the rest)'
-    )
+  num_slices = None
+  if devices[0].platform == 'tpu':
+    devices.sort(key=_slice_index)  # stable: by id within a slice
+    num_slices = _slice_index(devices[-1]) + 1
+  slices, *inner = mesh_sizes(config, len(devices), num_slices)
   axis_type = {'auto': AxisType.Auto, 'explicit': AxisType.Explicit}[
     config.axis_types
   ]
   # `jax.make_mesh` cannot split an axis of a TPU's torus: 32 experts on 4x4x4.
-  array = mesh_utils.create_device_mesh(
-    sizes, devices, allow_split_physical_axes=True
+  array = np.stack(
+    [
+      mesh_utils.create_device_mesh(
+        inner, list(part), allow_split_physical_axes=True
+      )
+      for part in np.split(np.array(devices, dtype=object), slices)
+    ]
   )
-  return Mesh(array, MESH_AXES, axis_types=(axis_type,) * 3)
+  return Mesh(array, MESH_AXES, axis_types=(axis_type,) * len(MESH_AXES))
 
 
-def use_mesh(mesh: Mesh) -> contextlib.AbstractContextManager:
-  """Context in which `shard`, `einsum` and `param` act on `mesh`."""
-  return jax.set_mesh(mesh)
+def _slice_index(device: Any) -> int:
+  """Returns the TPU slice of a device; a job of one slice may name none."""
+  return getattr(device, 'slice_index', 0)
+
+
+# Rules for the gradients of weights: those of `storage_rules`.
+_gradient_rules: contextvars.ContextVar[dict[str, Any]] = (
+  contextvars.ContextVar('gradient_rules', default=COMPUTE_RULES)
+)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh, config: MeshConfig | None = None) -> Iterator[None]:
+  """Context in which `shard`, `einsum` and `param` act on `mesh`.
+
+  Args:
+    mesh: the device mesh.
+    config: its configuration, where gradients are taken of weights that are
+      stored in parts (FSDP): each device then adds up its own part only.
+  """
+  token = _gradient_rules.set(
+    COMPUTE_RULES if config is None else storage_rules(config)
+  )
+  try:
+    with jax.set_mesh(mesh):
+      yield
+  finally:
+    _gradient_rules.reset(token)
 
 
 def _current():
@@ -148,13 +216,19 @@ def shard(x: jax.Array, *names: str | None) -> jax.Array:
   Raises:
     UserError: when a dimension does not divide over its mesh axes.
   """
+  return _place(x, names, COMPUTE_RULES)
+
+
+def _place(
+  x: jax.Array, names: Sequence[str | None], rules: dict[str, Any]
+) -> jax.Array:
   mesh = _current()
   if mesh is None:
     return x
-  check_divisible(x.shape, names, mesh=mesh)
+  check_divisible(x.shape, names, rules, mesh)
   if _is_explicit(mesh):
-    return jax.sharding.reshard(x, spec(names))
-  return jax.lax.with_sharding_constraint(x, spec(names))
+    return jax.sharding.reshard(x, spec(names, rules))
+  return jax.lax.with_sharding_constraint(x, spec(names, rules))
 
 
 def einsum(
@@ -353,7 +427,7 @@ def param(
     axes: one logical axis per dimension.
     dtype: of the returned value.
 
-  FSDP weights are gathered here, in `dtype`.
+  FSDP weights are gathered here, in `dtype`, and their gradients scattered.
   """
   assert len(shape) == len(axes), (name, shape, axes)
   value = module.param(
@@ -362,7 +436,31 @@ def param(
     tuple(shape),
     jnp.float32,
   )
-  return shard(value.astype(dtype), *axes)
+  value, mesh = value.astype(dtype), _current()
+  if mesh is None or _is_explicit(mesh):
+    return shard(value, *axes)  # a gradient has its weight's type
+  return _gather_weight(value, tuple(axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_weight(value: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+  """Places a stored weight for computing.
+
+  The gradient goes straight to where the weight is stored. `shard` alone would
+  have every device of an FSDP axis add up, and hold, the whole gradient.
+  """
+  return shard(value, *axes)
+
+
+def _gather_weight_forward(value, axes):
+  return shard(value, *axes), None
+
+
+def _scatter_gradient(axes, _, gradient):
+  return (_place(gradient, axes, _gradient_rules.get()),)
+
+
+_gather_weight.defvjp(_gather_weight_forward, _scatter_gradient)
 
 
 def logical_axes(boxed: Any) -> Any:

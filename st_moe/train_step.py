@@ -238,7 +238,7 @@ def step_program(config: RunConfig, mesh: Mesh) -> StepProgram:
     donate_argnums=0,
     out_shardings=(shardings, None),
   )
-  with partitioning.use_mesh(mesh):
+  with partitioning.use_mesh(mesh, config.mesh):
     traced = step.trace(
       shapes.with_shardings(shardings), abstract_batch(config, mesh)
     )

@@ -261,7 +261,7 @@ def test_bench_step_accounts_for_the_step(capsys):
   printed = capsys.readouterr().out
   found = results('out')
   assert Path('out/step.png').stat().st_size > 5000
-  assert found['mesh'] == {'data': 8, 'expert': 1, 'model': 1}
+  assert found['mesh'] == {'slice': 1, 'data': 8, 'expert': 1, 'model': 1}
   assert found['tokens'] == 8 * (16 + 8)
   speed = found['tokens_per_second']['median']
   median = np.median([found['tokens'] / s for s in found['step']['wall_s']])

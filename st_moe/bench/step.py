@@ -59,7 +59,7 @@ class TrainStep:
     check_run(config, config.model.vocab_size, self.mesh)
     begin = time.perf_counter()
     program = step_program(config, self.mesh)
-    with partitioning.use_mesh(self.mesh):
+    with partitioning.use_mesh(self.mesh, config.mesh):
       self.compiled = program.traced.lower().compile()
     self.compile_seconds = time.perf_counter() - begin
     self.counts = parameter_counts(program.shapes)
