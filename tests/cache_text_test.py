@@ -349,6 +349,16 @@ class TestTfds:
         path.with_name(f'hidden.{path.name}').rename(path)
     assert files_of(tmp_path / 'c') == files_of(tmp_path / 'alone')
 
+  def test_a_cache_begun_in_another_order_is_refused(self, tmp_path, prepared):
+    folder = tmp_path / 'c'
+    options = {'num_shards': 5, 'report': lambda line: None}
+    cache_command(self.config(tmp_path), folder, shard='0/5', **options)
+    plan = json.loads((folder / 'plan.json').read_text())
+    del plan['text']['content']['order']  # as files were once read in turns
+    (folder / 'plan.json').write_text(json.dumps(plan))
+    with pytest.raises(UserError, match='holds a cache with content'):
+      cache_command(self.config(tmp_path), folder, **options)
+
   def test_runs_may_begin_inside_files_and_slices(self, tmp_path, prepared):
     config = self.config(tmp_path, train_split='train[10%:]')
     for count in (1, 3, 7):

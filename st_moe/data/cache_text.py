@@ -18,7 +18,7 @@ from st_moe.data import sources
 from st_moe.data.c4_json import JsonDocuments
 from st_moe.data.cache_format import TRAIN
 from st_moe.data.cache_writer import DEFAULT_SHARDS, Plan, Text
-from st_moe.data.pieces import Files
+from st_moe.data.pieces import Files, Pieces
 from st_moe.data.pipeline import open_stream
 from st_moe.data.sources import SUFFIXES, TextDocuments, TextFiles
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
@@ -90,7 +90,11 @@ def open_text(
   files = division.files
   if files is None:
     data = open_stream(config, seed=0, cache_root=cache_root)
-    return Text(data.documents, data.fingerprint['text'], data.vocabulary)
+    fingerprint = data.fingerprint['text']
+    if isinstance(data.documents(TRAIN), Pieces):
+      # Of tfds; a cache that was begun in another order is not gone on with.
+      fingerprint = fingerprint | {'order': 'file after file'}
+    return Text(data.documents, fingerprint, data.vocabulary)
   sources.check_splits(config)
   fingerprint = files.fingerprint(unread=True)
   if config.task == 'text':
