@@ -375,6 +375,9 @@ class DataConfig(Checked):
   max_line_bytes: int = 10_000_000
   tfds_data_dir: str | None = None
   cache_dir: str | None = None  # made by `st_moe cache`
+  # Folders in which `seqio_cache_tasks` left the caches of registered tasks;
+  # where given, these are read in the place of the tasks' sources.
+  seqio_cache_dirs: tuple[str, ...] | str = ()
   train_split: str = 'train'
   eval_split: str = 'validation'
 
