@@ -16,7 +16,7 @@ from st_moe.plan.targets import Chip, Target
 
 # Without a TPU libtpu must not ask the metadata server what it runs on, must
 # share its lock with other processes, and need not write logs.
-_TPU_ENVIRONMENT = {
+TPU_ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_ACCELERATOR_TYPE': 'v5p-8',  # any: it only complains without one
@@ -67,7 +67,7 @@ def prepare_environment(target: Target) -> None:
   if target.platform == 'tpu':
     if 'TPU_LIBRARY_PATH' not in os.environ:  # JAX's own way to name another
       _require('libtpu', ['libtpu'], 'tpu', target)
-    variables |= _TPU_ENVIRONMENT
+    variables |= TPU_ENVIRONMENT
   elif target.platform == 'cuda':
     _require("JAX's CUDA plugin", _CUDA_PLUGINS, 'cuda', target)
     variables['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
