@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -297,8 +298,10 @@ def libtpu(monkeypatch):
     monkeypatch.setenv(name, value)
   # Programs for devices that are not there cannot be read back from a cache.
   jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
   yield
   jax.config.update('jax_enable_compilation_cache', True)
+  compilation_cache.reset_cache()
 
 
 def test_a_program_for_tpu(libtpu):

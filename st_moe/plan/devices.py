@@ -64,6 +64,8 @@ def prepare_environment(target: Target) -> None:
     UserError: when there is no compiler for the target's devices.
   """
   variables = {'JAX_PLATFORMS': 'cpu', 'TF_CPP_MIN_LOG_LEVEL': '3'}
+  if target.platform != 'cpu':  # such programs cannot be read back from it
+    variables['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
   if target.platform == 'tpu':
     if 'TPU_LIBRARY_PATH' not in os.environ:  # JAX's own way to name another
       _require('libtpu', ['libtpu'], 'tpu', target)
