@@ -14,7 +14,8 @@ from small_bench import LAYER, results, small_size
 
 from st_moe import experts
 from st_moe.bench import forms, shares, timing
-from st_moe.bench.flops import peak_flops, step_flops
+from st_moe.bench.flops import step_flops
+from st_moe.bench.peaks import peak_flops
 from st_moe.config import (
   DataConfig,
   ModelConfig,
@@ -385,6 +386,7 @@ def test_remat_and_microbatches_do_not_change_model_flops():
     ('TPU v5p', 459e12),
     ('TPU v5', 459e12),
     ('TPU v6 lite', 918e12),
+    ('TPU7x', 1153.5e12),
     ('NVIDIA A100-SXM4-80GB', 312e12),
     ('NVIDIA H100 80GB HBM3', 989.5e12),
     ('NVIDIA H100 PCIe', 756e12),

@@ -15,7 +15,8 @@ import numpy as np
 
 from st_moe import partitioning
 from st_moe.bench import pictures
-from st_moe.bench.flops import peak_flops, step_flops
+from st_moe.bench.flops import step_flops
+from st_moe.bench.peaks import peak_flops
 from st_moe.bench.results import (
   Output,
   as_json,
