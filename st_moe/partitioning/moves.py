@@ -155,28 +155,61 @@ def _multiply_experts_backward(axes, out, saved, g):
   expert, inputs, outputs = axes
   rows = (expert, 'expert_group')
   rules = gradient_rules.get()
-
-  def on_device(x, g):
-    total = jnp.einsum('eni,eno->eio', x, g)
-    if current().shape['slice'] > 1:
-      total = jax.lax.psum(total, 'slice')
-    return jax.lax.psum_scatter(
-      total,
-      rules['expert_embed'],
-      scatter_dimension=axes.index('expert_embed'),
-      tiled=True,
-    )
-
   gradient = jax.shard_map(
-    on_device,
+    functools.partial(
+      _scatter_kernel_gradient, axes=axes, mesh_axis=rules['expert_embed']
+    ),
     in_specs=(spec((*rows, inputs)), spec((*rows, outputs))),
     out_specs=spec(axes, rules),
     check_vma=False,
   )(shard(x, *rows, inputs), shard(g, *rows, outputs))
-  return (
-    einsum('eno,eio->eni', g, kernel, out=(*rows, inputs)),
-    gradient,
-  )
+  return einsum('eno,eio->eni', g, kernel, out=(*rows, inputs)), gradient
+
+
+def _scatter_kernel_gradient(
+  x: jax.Array, g: jax.Array, *, axes: tuple[str, str, str], mesh_axis: str
+) -> jax.Array:
+  """Returns this device's part of a kernel's gradient, on a ring of devices.
+
+  A part goes once round the devices of `mesh_axis`, and each adds its share,
+  which it computes when the part arrives: nobody ever holds a whole gradient.
+  (XLA for TPU turns `psum_scatter` into an all-reduce where the devices of an
+  axis are not numbered one after another.)
+
+  Args:
+    x: [E, N, I], the rows of this device.
+    g: [E, N, O], gradients of their products.
+    axes: of the kernel, of which 'expert_embed' lies in parts on `mesh_axis`.
+    mesh_axis: the ring.
+  """
+  count = jax.lax.axis_size(mesh_axis)
+  here = jax.lax.axis_index(mesh_axis)
+  cut_inputs = axes[1] == 'expert_embed'
+  width = (x if cut_inputs else g).shape[2] // count
+
+  def share(part: jax.Array) -> jax.Array:
+    def cut(rows):
+      return jax.lax.dynamic_slice_in_dim(rows, part * width, width, axis=2)
+
+    return jnp.einsum(
+      'eni,eno->eio',
+      cut(x) if cut_inputs else x,
+      g if cut_inputs else cut(g),
+      preferred_element_type=jnp.float32,
+    )
+
+  def pass_on(step: int, total: jax.Array) -> jax.Array:
+    total = jax.lax.ppermute(
+      total, mesh_axis, [(i, (i + 1) % count) for i in range(count)]
+    )
+    mine = share((here + count - 1 - step) % count)
+    return (total.astype(jnp.float32) + mine).astype(x.dtype)
+
+  total = share((here + count - 1) % count).astype(x.dtype)
+  total = jax.lax.fori_loop(1, count, pass_on, total)
+  if current().shape['slice'] > 1:
+    total = jax.lax.psum(total, 'slice')
+  return total
 
 
 _multiply_experts.defvjp(_multiply_experts_forward, _multiply_experts_backward)
