@@ -65,6 +65,33 @@ def _add_command(
   return command
 
 
+def _add_connection(command: _Parser) -> None:
+  """Adds the flags with which several processes make one run."""
+  add = command.add_argument
+  add(
+    '--distributed',
+    choices=('auto', 'on', 'off'),
+    default='auto',
+    help='one of several processes; auto (the default): if SLURM, Open MPI, a '
+    'TPU pod or JAX_COORDINATOR_ADDRESS says so, or a flag below is given',
+  )
+  add(
+    '--coordinator_address',
+    metavar='HOST:PORT',
+    help='of process 0, which opens that port (default: as the cluster says; '
+    'the two below too)',
+  )
+  add('--num_processes', type=int, metavar='N', help='in the whole run')
+  add('--process_id', type=int, metavar='I', help='of this one, from 0')
+  add(
+    '--connect_timeout',
+    type=int,
+    default=300,
+    metavar='SECONDS',
+    help='to wait until all processes are there (300)',
+  )
+
+
 def _add_pretrain(subparsers: Any) -> _Parser:
   command = _add_command(
     subparsers,
@@ -83,6 +110,7 @@ def _add_pretrain(subparsers: Any) -> _Parser:
     action='store_true',
     help='go on in a work directory that was started otherwise',
   )
+  _add_connection(command)
   return command
 
 
@@ -99,6 +127,7 @@ def _add_evaluate(subparsers: Any) -> _Parser:
   command.add_argument(
     '--step', type=int, help='of the checkpoint (default: the newest)'
   )
+  _add_connection(command)
   return command
 
 

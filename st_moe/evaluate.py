@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from st_moe import losses, partitioning
+from st_moe import losses, partitioning, processes
 from st_moe.checkpoint import find_steps, restore_params
 from st_moe.config import ModelConfig, RunConfig
 from st_moe.data.pipeline import open_data
@@ -74,16 +74,25 @@ class Evaluator:
     self._config = config
     self._data = data
     self._mesh = mesh
+    self._part = partitioning.batch_part(mesh)
     with partitioning.use_mesh(mesh):
-      self._step = jax.jit(functools.partial(_eval_step, config.model))
+      self._step = jax.jit(
+        functools.partial(_eval_step, config.model),
+        out_shardings=partitioning.replicated(mesh),
+      )
 
-  def batches(self):
-    """Yields the held-out batches of this process, `text_weights` added."""
+  def batches(self, *, whole: bool = False):
+    """Yields the held-out batches, `text_weights` added.
+
+    Args:
+      whole: all rows; else those that this process reads.
+    """
+    part = partitioning.BatchPart(0, 1) if whole else self._part
     for batch in self._data.eval_batches(
       self._config.batch_size,
       self._config.eval_batches,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=part.index,
+      process_count=part.count,
     ):
       yield batch | {'text_weights': text_weights(batch, self._data.vocabulary)}
 
@@ -146,7 +155,7 @@ def unigram_neg_log_perplexity(
   """
   log_probs = np.log((counts + 1) / (counts + 1).sum())
   total = weight = 0.0
-  for batch in evaluator.batches():
+  for batch in evaluator.batches(whole=True):
     weights = batch['text_weights']
     total += float((log_probs[batch['decoder_target_tokens']] * weights).sum())
     weight += float(weights.sum())
@@ -225,12 +234,14 @@ def fill_sentences(
   if not rows:
     return []
   inputs = np.stack(rows)
-  outputs = generate(
-    config.model,
-    params,
-    jnp.asarray(inputs),
-    max_length=lengths.targets_length,
-    eos_id=vocabulary.eos_id,
+  outputs = processes.to_host(
+    generate(
+      config.model,
+      params,
+      jnp.asarray(inputs),
+      max_length=lengths.targets_length,
+      eos_id=vocabulary.eos_id,
+    )
   )
 
   def sentence(row: np.ndarray, answer: str, output: np.ndarray):
@@ -244,7 +255,7 @@ def fill_sentences(
       model=fill_in(masked, filled),
     )
 
-  return list(map(sentence, inputs, answers, np.asarray(outputs)))
+  return list(map(sentence, inputs, answers, outputs))
 
 
 def _until(ids: np.ndarray, eos_id: int) -> list[int]:
@@ -265,6 +276,7 @@ def evaluate(config: RunConfig, workdir: Path, *, step: int | None) -> None:
     UserError: no such checkpoint, or data that does not fit the model.
   """
   mesh = partitioning.make_mesh(config.mesh)
+  processes.check_joined()
   find_steps(workdir, step)
   data_config = with_own_vocabulary(config.data, workdir)
   trained = read_json(workdir / 'run.json')['data']['vocabulary']
@@ -273,6 +285,8 @@ def evaluate(config: RunConfig, workdir: Path, *, step: int | None) -> None:
     _check_vocabulary(own.fingerprint, trained, config, workdir)
   data = open_data(data_config, seed=config.seed, cache_root=None)
   _check_vocabulary(data.fingerprint['vocabulary'], trained, config, workdir)
+  processes.check_same(data.fingerprint, 'give every process the same data')
+  processes.settle()
   log.info('restoring and scoring')
   shapes = abstract_state(config, EncoderDecoder(config.model))
   shardings = state_shardings(shapes, mesh, config.mesh)
@@ -280,6 +294,8 @@ def evaluate(config: RunConfig, workdir: Path, *, step: int | None) -> None:
   restored = restore_params(workdir, step, abstract.params)
   scores: dict[str, Any] = {'step': restored.step, 'task': config.data.task}
   scores |= Evaluator(config, data, mesh).losses(restored.params)
+  if not processes.is_leader():
+    return
   record = scores | {
     'data': data.fingerprint,
     'files': config.data.files,

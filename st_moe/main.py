@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from st_moe import arguments, gin_files
+from st_moe import arguments, gin_files, processes
 from st_moe.bindings import Binding, Resolver, flatten, operative_config
 from st_moe.config import DataConfig, RunConfig
 from st_moe.errors import RunStopped, UserError, did_you_mean
@@ -59,12 +59,48 @@ def _program() -> list[str]:
 def _resume_command(args: argparse.Namespace) -> str:
   """Returns what to type to go on with a run: its config.gin has the rest."""
   flags = [f'--module={module}' for module in args.module]
+  given = _connection(args).given()
+  if given:  # every process its own number
+    given['--process_id'] = 'I'
+  flags += [f'{flag}={value}' for flag, value in given.items()]
   return shlex.join(
     [*_program(), 'pretrain', f'--workdir={args.workdir}', *flags]
   )
 
 
+def _connection(args: argparse.Namespace) -> processes.Connection:
+  return processes.Connection(
+    distributed=args.distributed,
+    coordinator_address=args.coordinator_address,
+    num_processes=args.num_processes,
+    process_id=args.process_id,
+    timeout=args.connect_timeout,
+  )
+
+
+def _connect(args: argparse.Namespace, *, stop_signals: bool) -> None:
+  """Joins the job; before anything that may fail in one process alone."""
+  if not args.debug:
+    _silence_tensorflow()  # and XLA, which reads the same variable
+  processes.connect(_connection(args), stop_signals=stop_signals)
+
+
+def _check_same(args: argparse.Namespace, config: RunConfig) -> None:
+  """Refuses to go on when the processes of a job were started otherwise."""
+  flags = ('module', 'allow_config_change', 'step', 'num_processes')
+  processes.check_same(
+    processes.software(), 'install the same packages for every process'
+  )
+  processes.check_same(
+    {'the command': args.command}
+    | flatten(config)
+    | {f'--{flag}': getattr(args, flag, None) for flag in flags},
+    'start every process with the same flags',
+  )
+
+
 def _pretrain(args: argparse.Namespace) -> None:
+  _connect(args, stop_signals=True)
   workdir = Path(args.workdir)
   resumed = workdir / 'config.gin'
   if not args.gin_file and resumed.is_file():
@@ -77,6 +113,7 @@ def _pretrain(args: argparse.Namespace) -> None:
   config = _configure(args, args.gin_file, needs_model=True)
   check_path(workdir)
   _prepare(args)
+  _check_same(args, config)
   log.info('loading JAX')
   from st_moe import train
 
@@ -91,6 +128,7 @@ def _pretrain(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+  _connect(args, stop_signals=False)
   workdir = Path(args.workdir)
   if not (workdir / 'config.gin').is_file():
     raise UserError(
@@ -100,6 +138,7 @@ def _evaluate(args: argparse.Namespace) -> None:
   files = [str(workdir / 'config.gin'), *args.gin_file]
   config = _configure(args, files)
   _prepare(args)
+  _check_same(args, config)
   log.info('loading JAX')
   from st_moe import evaluate
 
@@ -238,6 +277,7 @@ def _prepare_log(debug: bool) -> None:
   progress.addFilter(lambda record: record.levelno < logging.WARNING)
   warnings = logging.StreamHandler(sys.stderr)
   warnings.setLevel(logging.WARNING)
+  warnings.setFormatter(logging.Formatter(f'{processes.prefix()}%(message)s'))
   logging.basicConfig(
     format='%(message)s',
     level=logging.WARNING,
@@ -246,10 +286,14 @@ def _prepare_log(debug: bool) -> None:
   logging.getLogger('st_moe').setLevel(logging.INFO)
   if debug:
     return
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  _silence_tensorflow()
   import absl.logging
 
   absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+def _silence_tensorflow() -> None:
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
@@ -272,6 +316,13 @@ _EXTRAS = {
 }
 
 
+def _print_error(error: UserError) -> int:
+  """Prints the one line of an error, on every process of a job."""
+  text = processes.end_together(error)
+  print(f'error: {" ".join(text.split())}', file=sys.stderr)
+  return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit status."""
   argv = list(sys.argv[1:] if argv is None else argv)
@@ -286,27 +337,29 @@ def main(argv: Sequence[str] | None = None) -> int:
   except UserError as e:
     if '--debug' in argv:
       traceback.print_exc()
-    if args is not None and args.resolver is not None:
+    agreed = isinstance(e, processes.AgreedError)
+    if args is not None and args.resolver is not None and not agreed:
       e = args.resolver.located(e)
-    print(f'error: {" ".join(str(e).split())}', file=sys.stderr)
-    return 2
+    return _print_error(e)
   except ModuleNotFoundError as e:
     if e.name not in _EXTRAS:
       raise
-    print(
-      f'error: {e.name} is not installed; pip install '
-      f"'st_moe[{_EXTRAS[e.name]}]', or train from a cache made elsewhere",
-      file=sys.stderr,
+    return _print_error(
+      UserError(
+        f'{e.name} is not installed; pip install '
+        f"'st_moe[{_EXTRAS[e.name]}]', or train from a cache made elsewhere"
+      )
     )
-    return 2
   except RunStopped as e:
     print(f'stopped: {e}', file=sys.stderr)
     return 3
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
+    processes.abandon()
     return 130
   except BrokenPipeError:  # `st_moe config show ... | head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    processes.abandon()
     return 0
 
 
@@ -343,4 +396,4 @@ def run() -> None:
     if 'MALLOC_MMAP_THRESHOLD_' in unset:
       # The same process again: same id, same arguments.
       os.execve(sys.executable, sys.orig_argv, os.environ | unset)
-  sys.exit(main())
+  processes.run_and_leave(main)

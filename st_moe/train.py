@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from st_moe import evaluate, metrics, partitioning
+from st_moe import evaluate, metrics, partitioning, processes
 from st_moe.checkpoint import Checkpointer
 from st_moe.config import RunConfig
 from st_moe.data.pipeline import open_data
@@ -70,11 +69,6 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
       f'RunConfig.batch_size {config.batch_size} is not divisible by '
       f'{partitioning.batch_shards(mesh)} data shards x {config.microbatches} '
       f'microbatches = {parts}'
-    )
-  if config.batch_size % jax.process_count():
-    raise UserError(
-      f'RunConfig.batch_size {config.batch_size} is not divisible by '
-      f'{jax.process_count()} processes'
     )
   divisions = [
     ('num_heads', model.num_heads, 'model'),
@@ -160,30 +154,6 @@ def describe_dispatch(config: RunConfig, mesh: Mesh) -> str:
   return backend.name
 
 
-class StopSignals:
-  """Turns the first SIGTERM or Ctrl-C into a request to save and stop."""
-
-  def __init__(self):
-    self.received: str | None = None
-    self._previous: dict[int, Any] = {}
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._previous[number] = signal.signal(number, self._handle)
-    return self
-
-  def _handle(self, number, frame):
-    self.received = signal.Signals(number).name
-    self._restore()  # a second signal acts at once
-
-  def _restore(self):
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
-
-  def __exit__(self, *args):
-    self._restore()
-
-
 @dataclasses.dataclass
 class Trainer:
   """The parts of a run, made by `start`, that the loop works with."""
@@ -222,6 +192,8 @@ def start(
 ) -> Trainer:
   """Checks everything, restores or initializes, then writes run.json."""
   mesh = partitioning.make_mesh(config.mesh)
+  processes.check_joined()
+  part = partitioning.batch_part(mesh)
   data = open_data(
     workdir.data_config(config.data), seed=config.seed, cache_root=None
   )
@@ -232,10 +204,9 @@ def start(
   program = step_program(config, mesh)  # what cannot be divided is found here
 
   batches = data.train_batches(
-    config.batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    config.batch_size, process_index=part.index, process_count=part.count
   )
+  processes.check_same(data.fingerprint, 'give every process the same data')
   checkpointer = Checkpointer(
     workdir.checkpoints,
     keep_last=config.keep_last,
@@ -263,6 +234,7 @@ def start(
   )
   writer = metrics.MetricsWriter(workdir.path, tensorboard=config.tensorboard)
   writer.truncate_after(int(state.step))
+  processes.settle()
   return Trainer(
     config=config,
     workdir=workdir,
@@ -288,12 +260,12 @@ def run_steps(trainer: Trainer) -> str | None:
   step = saved = int(trainer.state.step)
   scores = None
   with (
-    StopSignals() as signals,
+    processes.StopSignals() as signals,
     partitioning.use_mesh(trainer.mesh, config.mesh),
     metrics.Progress(config.steps, start=step) as progress,
   ):
     step_log = StepLog(config, trainer.writer, progress, trainer.rows)
-    while step < config.steps and not signals.received:
+    while step < config.steps and not signals.requested(step):
       begin = time.monotonic()
       batch = partitioning.shard_batch(next(trainer.batches), trainer.mesh)
       waited = time.monotonic() - begin
@@ -352,7 +324,8 @@ def pretrain(
         '--allow_config_change'
       )
       print_summary(summary)
-      print(f'report: {write_report(workdir)}', flush=True)
+      if processes.is_leader():
+        print(f'report: {write_report(workdir)}', flush=True)
       return
     trainer = start(
       config,
@@ -375,12 +348,19 @@ def pretrain(
 
 
 def finish(trainer: Trainer) -> None:
-  """Writes summary.json and the report; prints what was learned."""
+  """Writes summary.json and the report; prints what was learned.
+
+  All processes score; the first counts, writes and prints.
+  """
   config, data = trainer.config, trainer.data
   params = trainer.state.params
   log.info('scoring held-out text, and a unigram distribution to compare')
   summary: dict[str, Any] = {'step': int(trainer.state.step)}
   summary |= trainer.evaluator.losses(params)
+  log.info('filling masked sentences')
+  samples = evaluate.fill_sentences(config, params, data, config.num_samples)
+  if not processes.is_leader():
+    return
   begin = time.monotonic()
   counts, tokens = evaluate.unigram_counts(data, config, config.unigram_batches)
   summary['data_tokens_per_second'] = tokens / (time.monotonic() - begin)
@@ -390,8 +370,6 @@ def finish(trainer: Trainer) -> None:
   speeds = metrics.read_column(trainer.workdir.path, 'tokens_per_second')
   if speeds:
     summary['tokens_per_second'] = float(np.median(speeds))
-  log.info('filling masked sentences')
-  samples = evaluate.fill_sentences(config, params, data, config.num_samples)
   summary['samples'] = [dataclasses.asdict(sample) for sample in samples]
   write_json(trainer.workdir.summary_file, summary)
   trainer.writer.flush()

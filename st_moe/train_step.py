@@ -236,7 +236,8 @@ def step_program(config: RunConfig, mesh: Mesh) -> StepProgram:
   step = jax.jit(
     make_train_step(config, optimizer, schedule),
     donate_argnums=0,
-    out_shardings=(shardings, None),
+    # Every process reads all metrics.
+    out_shardings=(shardings, partitioning.replicated(mesh)),
   )
   with partitioning.use_mesh(mesh, config.mesh):
     traced = step.trace(

@@ -15,9 +15,11 @@ import os
 import platform
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from st_moe import processes
 from st_moe.config import DataConfig, RunConfig, to_dict
 from st_moe.errors import UserError
 
@@ -120,10 +122,14 @@ def with_own_vocabulary(config: DataConfig, path: Path) -> DataConfig:
 
 @dataclasses.dataclass
 class WorkDirectory:
-  """An opened, locked work directory."""
+  """An opened, locked work directory.
+
+  Of several processes one has the lock; in the others what checks or writes
+  does nothing.
+  """
 
   path: Path
-  _lock: Any
+  _lock: Any  # None in a process that only reads
   _is_new: bool = False
 
   @property
@@ -141,10 +147,11 @@ class WorkDirectory:
       spec: path of the model, or 'byte'.
     """
     kept = self.path / VOCABULARY_FILE
-    if spec != 'byte' and not kept.exists():
-      temporary = kept.with_name(kept.name + '.tmp')
-      temporary.write_bytes(Path(spec).read_bytes())
-      os.replace(temporary, kept)
+    if self._lock is not None and spec != 'byte' and not kept.exists():
+      with _writing(kept):
+        temporary = kept.with_name(kept.name + '.tmp')
+        temporary.write_bytes(Path(spec).read_bytes())
+        os.replace(temporary, kept)
 
   @property
   def run_file(self) -> Path:
@@ -155,7 +162,15 @@ class WorkDirectory:
     return self.path / 'summary.json'
 
   def finished(self, steps: int) -> dict[str, Any] | None:
-    """Returns the summary of a run that has done all its steps, or None."""
+    """Returns the summary of a run that has done all its steps, or None.
+
+    In all processes what the one with the lock finds.
+    """
+    return processes.from_leader(self._summary(steps))
+
+  def _summary(self, steps: int) -> dict[str, Any] | None:
+    if self._lock is None:
+      return None
     if not (self.run_file.exists() and self.summary_file.exists()):
       return None
     summary = read_json(self.summary_file)
@@ -164,6 +179,8 @@ class WorkDirectory:
 
   def close(self) -> None:
     """Frees the directory; one that was made and never used is removed."""
+    if self._lock is None:
+      return
     if self._is_new and not self.run_file.exists():
       (self.path / '.lock').unlink(missing_ok=True)
       with contextlib.suppress(OSError):  # something is in it after all
@@ -176,7 +193,7 @@ class WorkDirectory:
     Raises:
       UserError: naming the settings that differ.
     """
-    if not self.run_file.exists():
+    if self._lock is None or not self.run_file.exists():
       return
     old = read_json(self.run_file).get('config')
     new = json.loads(json.dumps(to_dict(config)))
@@ -201,7 +218,7 @@ class WorkDirectory:
     Raises:
       UserError: naming what differs.
     """
-    if not self.run_file.exists():
+    if self._lock is None or not self.run_file.exists():
       return
     old = read_json(self.run_file).get('data', {})
     new = json.loads(json.dumps(fingerprint))
@@ -229,25 +246,38 @@ class WorkDirectory:
     details: dict[str, Any],
   ) -> None:
     """Writes config.gin and run.json; a restart is added to `restarts`."""
+    if self._lock is None:
+      return
     restarts = []
     if self.run_file.exists():
       previous = read_json(self.run_file)
       restarts = previous.get('restarts', []) + [
         {key: previous.get(key) for key in ('command', 'versions', 'git')}
       ]
-    (self.path / 'config.gin').write_text(operative_config)
-    write_json(
-      self.run_file,
-      {
-        'config': to_dict(config),
-        'command': command,
-        'versions': versions(),
-        'git': git_state(),
-        'seed': config.seed,
-        'restarts': restarts,
-        **details,
-      },
-    )
+    content = {
+      'config': to_dict(config),
+      'command': command,
+      'versions': versions(),
+      'git': git_state(),
+      'seed': config.seed,
+      'restarts': restarts,
+      **details,
+    }
+    with _writing(self.path):
+      (self.path / 'config.gin').write_text(operative_config)
+      write_json(self.run_file, content)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+  """Makes a full disk the user's error."""
+  try:
+    yield
+  except OSError as e:
+    raise UserError(
+      f'{path} cannot be written ({e.strerror}); make room, or use another '
+      '--workdir'
+    ) from e
 
 
 def _short(value: Any, limit: int = 120) -> str:
@@ -279,15 +309,25 @@ def check_path(path: Path) -> None:
 
 
 def open_workdir(path: Path) -> WorkDirectory:
-  """Creates and locks a work directory.
+  """Creates and locks a work directory; of several processes the first does.
 
   The lock is the kernel's: it is free again when its process ends, however
   that ends.
 
   Raises:
     UserError: when the path is no directory, cannot be written, holds other
-      things than a run, or another process works in it.
+      things than a run, or another process works in it; when a process does
+      not see the directory that process 0 has made.
   """
+  if not processes.is_leader():
+    owner = processes.from_leader(None)
+    lock_file = path / '.lock'
+    if not lock_file.is_file() or lock_file.read_text() != owner:
+      raise UserError(
+        f'--workdir={path} is another directory here than for process 0; all '
+        'processes need the same one, on a file system that they share'
+      )
+    return WorkDirectory(path, None)
   is_new = not path.exists()
   check_path(path)
   try:
@@ -308,6 +348,9 @@ def open_workdir(path: Path) -> WorkDirectory:
       'another directory'
     ) from None
   lock.truncate(0)
-  lock.write(f'process {os.getpid()} on {socket.gethostname()}')
+  owner = f'process {os.getpid()} on {socket.gethostname()}'
+  lock.write(owner)
   lock.flush()
+  os.fsync(lock)
+  processes.from_leader(owner)
   return WorkDirectory(path, lock, is_new)

@@ -22,6 +22,8 @@ FLOORS = {
   'gin_files': 0,
   'arguments': 0,
   'partitioning': 0,
+  'processes': 0,
+  'tables': 0,
   'initializers': 1,
   'routing': 1,
   'losses': 1,

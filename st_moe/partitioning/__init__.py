@@ -38,6 +38,8 @@ from st_moe.partitioning.moves import (
   uniform,
 )
 from st_moe.partitioning.storage import (
+  BatchPart,
+  batch_part,
   batch_sharding,
   logical_axes,
   param,
@@ -51,6 +53,8 @@ __all__ = [
   'BATCH_AXES',
   'COMPUTE_RULES',
   'MESH_AXES',
+  'BatchPart',
+  'batch_part',
   'batch_sharding',
   'batch_shards',
   'check_divisible',

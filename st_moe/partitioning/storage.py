@@ -1,5 +1,6 @@
 """Where weights, optimizer state and batches are kept."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from st_moe.config import MeshConfig
+from st_moe.errors import UserError
 from st_moe.partitioning.mesh import (
   BATCH_AXES,
+  batch_shards,
   check_divisible,
   current,
   gradient_rules,
@@ -130,13 +133,49 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
+@dataclasses.dataclass(frozen=True)
+class BatchPart:
+  """Which of the equal parts of every batch a process reads.
+
+  Attributes:
+    index: of the part, from 0.
+    count: of parts; fewer than processes where a row of the mesh has devices
+      of several, which then read the same part.
+  """
+
+  index: int
+  count: int
+
+
+def batch_part(mesh: Mesh) -> BatchPart:
+  """Returns the part of the rows that this process's devices hold.
+
+  Raises:
+    UserError: when processes share some rows of the mesh and not others.
+  """
+  shards = batch_sharding(mesh).devices_indices_map((batch_shards(mesh),))
+  rows: dict[int, set[int]] = {}
+  for device, (piece,) in shards.items():
+    rows.setdefault(device.process_index, set()).add(piece.start or 0)
+  parts = sorted(set(map(frozenset, rows.values())), key=min)
+  sizes = list(map(len, parts))
+  if sum(sizes) != batch_shards(mesh) or len(set(sizes)) > 1:
+    raise UserError(
+      f'the mesh {dict(mesh.shape)} does not go with {len(rows)} processes: '
+      'some share a part of the batch only in part; make MeshConfig.model '
+      'divide, or be a multiple of, the devices of a process'
+    )
+  own = frozenset(rows[jax.process_index()])
+  return BatchPart(parts.index(own), len(parts))
+
+
 def shard_batch(
   batch: dict[str, np.ndarray], mesh: Mesh
 ) -> dict[str, jax.Array]:
   """Makes global arrays of this process's rows, split over the batch axes.
 
   Args:
-    batch: numpy arrays [rows of this process, ...].
+    batch: numpy arrays [rows of this process's `batch_part`, ...].
     mesh: the device mesh.
   """
   sharding = batch_sharding(mesh)
