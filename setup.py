@@ -63,6 +63,6 @@ setup(
     'hf': ['safetensors', 'torch', 'transformers'],
     # What `st_moe bench peers` compares with; torch's CPU build is enough.
     'peers': ['st-moe-pytorch', 'torch', 'transformers'],
-    'test': ['pytest', 'pytest-xdist', 'ruff'],
+    'test': ['pytest', 'pytest-xdist', 'pyyaml', 'ruff'],
   },
 )

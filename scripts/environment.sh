@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes and fills the virtual environment .venv; sourced by the other scripts.
 #
 #   prepare_environment EXTRAS   e.g. "" or "data,test"

@@ -189,6 +189,44 @@ def _add_cache(subparsers: Any) -> _Parser:
   return command
 
 
+def _add_plan(subparsers: Any) -> _Parser:
+  command = _add_command(
+    subparsers,
+    'plan',
+    'parameters, FLOPs, memory and collectives of a run on devices that need '
+    'not be there, and whether it fits',
+    '--gin_file=models/st_moe_32b.gin --gin_file=runs/pretrain.gin '
+    '--topology=v5p:8x8x8',
+  )
+  command.add_argument(
+    '--topology',
+    required=True,
+    metavar='NAME',
+    help='v5p:8x8x8, v5p-1024 or another Cloud name, h100x16, cpu:8',
+  )
+  command.add_argument(
+    '--slices', type=int, default=1, help='TPU slices of that shape (1)'
+  )
+  command.add_argument(
+    '--mesh',
+    metavar='AXIS=N,...',
+    help='data=8,expert=64,model=1 (wins over MeshConfig)',
+  )
+  command.add_argument(
+    '--no_compile', action='store_true', help='from shapes alone, in seconds'
+  )
+  command.add_argument(
+    '--search',
+    nargs='?',
+    type=int,
+    const=6,
+    metavar='N',
+    help='compile up to N remat policies and meshes and compare them (6)',
+  )
+  command.add_argument('--json', metavar='FILE', help='every number')
+  return command
+
+
 def _sizes(text: str) -> list[int]:
   """Reads '8,16,64'."""
   sizes = [int(word) for word in text.split(',')]
@@ -287,6 +325,7 @@ def _make_parser() -> tuple[_Parser, dict[str, _Parser]]:
     'config': _add_config(subparsers),
     'vocab': _add_vocab(subparsers),
     'cache': _add_cache(subparsers),
+    'plan': _add_plan(subparsers),
     **_add_bench(subparsers),
   }
   return parser, commands

@@ -116,7 +116,19 @@ class RelativePositionBias(nn.Module):
   def __call__(
     self, query_positions: jax.Array, key_positions: jax.Array
   ) -> jax.Array:
-    """Returns float32 [heads, queries, keys] for int [queries] and [keys]."""
+    """Returns the biases of all pairs of a query and a key.
+
+    Each shard of the batch has its own copy, from the table on. The gradient
+    is then added up across devices once, at the table, and not [heads, queries,
+    keys] of it in every layer.
+
+    Args:
+      query_positions: int [queries].
+      key_positions: int [keys].
+
+    Returns:
+      float32 [batch shards, heads, queries, keys].
+    """
     table = partitioning.param(
       self,
       'rel_embedding',
@@ -136,9 +148,16 @@ class RelativePositionBias(nn.Module):
     one_hot = jax.nn.one_hot(
       buckets.ravel(), self.num_buckets, dtype=table.dtype
     )
-    bias = partitioning.einsum('hn,pn->hp', table, one_hot)
+    shards = partitioning.batch_shards()
+    tables = partitioning.shard(
+      jnp.broadcast_to(table, (shards, *table.shape)),
+      *('batch', 'heads', 'relpos_buckets'),
+    )
+    bias = partitioning.einsum('bhn,pn->bhp', tables, one_hot)
     return partitioning.reshape(
-      bias, (self.num_heads, *buckets.shape), ('heads', None, None)
+      bias,
+      (shards, self.num_heads, *buckets.shape),
+      ('batch', 'heads', None, None),
     )
 
 
@@ -175,7 +194,7 @@ def attention_logits(
   Args:
     query: [batch, queries, heads, d_kv].
     key: [batch, keys, heads, d_kv].
-    bias: float32 [heads, queries, keys], or None.
+    bias: float32 [batch shards, heads, queries, keys], or None.
     query_segments: int [batch, queries].
     key_segments: int [batch, keys].
     causal: whether a query sees only keys at or before its own index.
@@ -184,7 +203,15 @@ def attention_logits(
     'bqhk,bshk->bhqs', query, key, preferred_element_type=jnp.float32
   )
   if bias is not None:
-    logits += bias
+    shape, shards = logits.shape, bias.shape[0]
+    logits = partitioning.reshape(
+      logits,
+      (shards, shape[0] // shards, *shape[1:]),
+      ('batch', None, 'heads', None, None),
+    )
+    logits = partitioning.reshape(
+      logits + bias[:, None], shape, ('batch', 'heads', None, None)
+    )
   visible = query_segments[:, :, None] == key_segments[:, None, :]
   if causal:
     steps = jnp.arange(query.shape[1])[:, None] >= jnp.arange(key.shape[1])
@@ -276,7 +303,7 @@ class Attention(nn.Module):
       query_segments: int [batch, queries].
       key_segments: int [batch, keys].
       causal: whether a query sees only keys at or before its own index.
-      bias: float32 [heads, queries, keys], or None.
+      bias: float32 [batch shards, heads, queries, keys], or None.
       cache: keys and values of earlier steps; those of `source` are written
         at `index`.
       index: [] first position of `source` in the cache.

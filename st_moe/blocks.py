@@ -55,7 +55,7 @@ class StackInputs:
   Attributes:
     segments: int [batch, length]; 0 is padding.
     key_segments: int [batch, keys] of what self-attention looks at.
-    bias: float32 [heads, length, keys].
+    bias: float32 [batch shards, heads, length, keys].
     token_embeddings: [batch, length, d_model], for routers that want them.
     encoded: [batch, input length, d_model]; None in an encoder.
     encoded_segments: int [batch, input length]; None in an encoder.

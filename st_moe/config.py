@@ -375,6 +375,9 @@ class DataConfig(Checked):
   max_line_bytes: int = 10_000_000
   tfds_data_dir: str | None = None
   cache_dir: str | None = None  # made by `st_moe cache`
+  # Folders in which `seqio_cache_tasks` left the caches of registered tasks;
+  # where given, these are read in the place of the tasks' sources.
+  seqio_cache_dirs: tuple[str, ...] | str = ()
   train_split: str = 'train'
   eval_split: str = 'validation'
 
@@ -415,21 +418,34 @@ class DataConfig(Checked):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Checked):
-  """Devices as a (data, expert, model) mesh; -1 means "the rest"."""
+  """Devices as a (slice, data, expert, model) mesh; -1 means "the rest".
 
+  A slice is what a fast network joins: a TPU slice, a node of GPUs. Across
+  slices go only gradients, once a step.
+  """
+
+  slice: int = 0  # 0: as many as the TPU job has, otherwise 1
   data: int = -1
   expert: int = 1
   model: int = 1
   axis_types: Literal['auto', 'explicit'] = 'auto'
-  # Parameters and optimizer state also sharded over 'data'.
+  # FSDP: parameters and optimizer state are stored in parts, also over these
+  # axes, and gathered where they are used.
   fsdp_dense: bool = False
-  fsdp_experts: bool = False
+  fsdp_dense_axes: tuple[Literal['data', 'expert'], ...] = ('data', 'expert')
+  fsdp_experts: bool = False  # over 'data'
 
   def check(self) -> None:
+    self.require_nonnegative('slice')
     sizes = (self.data, self.expert, self.model)
     self.require(
       all(n == -1 or n > 0 for n in sizes) and sizes.count(-1) <= 1,
       f'axes must be positive, at most one of them -1; got {sizes}',
+    )
+    axes = self.fsdp_dense_axes
+    self.require(
+      0 < len(axes) == len(set(axes)),
+      f'fsdp_dense_axes names no axis, or one twice: {axes}',
     )
 
 

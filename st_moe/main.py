@@ -35,10 +35,11 @@ def _configure(
   flags: Sequence[Binding] = (),
   *,
   needs_model: bool = False,
+  allow_missing: bool = False,
 ) -> RunConfig:
   """Builds the configuration of a command; later errors are located by it."""
   bindings = read_bindings(files, [*args.gin_bindings, *flags], args.seed)
-  args.resolver = Resolver(bindings)
+  args.resolver = Resolver(bindings, allow_missing=allow_missing)
   if needs_model and not args.resolver.binds('ModelConfig'):
     raise UserError(
       'no model is configured; add --gin_file=gin_configs/models/NAME.gin '
@@ -153,6 +154,15 @@ def _bench(args: argparse.Namespace) -> None:
   config = _configure(args, args.gin_file)
   _prepare(args)
   from st_moe.bench import commands
+
+  commands.run(args, config)
+
+
+def _plan(args: argparse.Namespace) -> None:
+  # Shapes need no vocabulary, nor anything else that says where text is.
+  config = _configure(args, args.gin_file, needs_model=True, allow_missing=True)
+  _prepare(args)
+  from st_moe.plan import commands
 
   commands.run(args, config)
 
@@ -293,6 +303,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'vocab': _vocab,
   'cache': _cache,
   'bench': _bench,
+  'plan': _plan,
 }
 
 

@@ -142,7 +142,7 @@ class MoeLayer(nn.Module):
     """Sends tokens x [G, S, D] to their experts; returns the sums [G, S, D]."""
     backend = experts.choose_backend(
       self.dispatch,
-      platform=jax.default_backend(),
+      platform=partitioning.platform(),
       group_tokens=x.shape[1],
       d_ff=self.d_ff,
       dropless=dropless,
@@ -278,7 +278,8 @@ class Experts(nn.Module):
       x, (x.shape[0], x.shape[1] * x.shape[2], x.shape[3]), names
     )
     products = [
-      partitioning.einsum('end,edf->enf', rows, wi) for wi in weights.wi
+      partitioning.multiply_experts(rows, wi, experts.WI_AXES)
+      for wi in weights.wi
     ]
     if dropout:
       draw = partitioning.uniform(
@@ -290,7 +291,9 @@ class Experts(nn.Module):
     if bias is not None:
       bias = bias[:, None, :]
     hidden = self._hidden(products, bias, draw)
-    y = partitioning.einsum('enf,efd->end', hidden, weights.wo, out=names)
+    y = partitioning.multiply_experts(
+      hidden, weights.wo, experts.WO_AXES, out=names
+    )
     return partitioning.reshape(
       y, x.shape, ('expert', 'expert_group', 'capacity', 'embed')
     )

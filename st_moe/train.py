@@ -261,7 +261,7 @@ def run_steps(trainer: Trainer) -> str | None:
   scores = None
   with (
     processes.StopSignals() as signals,
-    partitioning.use_mesh(trainer.mesh),
+    partitioning.use_mesh(trainer.mesh, config.mesh),
     metrics.Progress(config.steps, start=step) as progress,
   ):
     step_log = StepLog(config, trainer.writer, progress, trainer.rows)

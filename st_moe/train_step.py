@@ -239,7 +239,7 @@ def step_program(config: RunConfig, mesh: Mesh) -> StepProgram:
     # Every process reads all metrics.
     out_shardings=(shardings, partitioning.replicated(mesh)),
   )
-  with partitioning.use_mesh(mesh):
+  with partitioning.use_mesh(mesh, config.mesh):
     traced = step.trace(
       shapes.with_shardings(shardings), abstract_batch(config, mesh)
     )

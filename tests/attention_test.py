@@ -64,7 +64,7 @@ def test_position_bias_is_looked_up_by_key_minus_query():
     {'params': {'rel_embedding': table}}, jnp.arange(2), jnp.arange(3)
   )
   expected = np.array([[0, 17, 18], [1, 0, 17]])
-  np.testing.assert_array_equal(bias, [expected, -expected])
+  np.testing.assert_array_equal(bias, [[expected, -expected]])
 
 
 def naive_attention(params, x, source, bias, visible, num_heads):
@@ -131,7 +131,7 @@ def test_attention_equals_a_naive_one():
   params, output = attend(
     x,
     source,
-    bias=bias,
+    bias=bias[None],
     query_segments=jnp.asarray(query_segments),
     key_segments=jnp.asarray(key_segments),
   )

@@ -14,7 +14,8 @@ from small_bench import LAYER, results, small_size
 
 from st_moe import experts
 from st_moe.bench import forms, shares, timing
-from st_moe.bench.flops import peak_flops, step_flops
+from st_moe.bench.flops import step_flops
+from st_moe.bench.peaks import peak_flops
 from st_moe.config import (
   DataConfig,
   ModelConfig,
@@ -261,7 +262,7 @@ def test_bench_step_accounts_for_the_step(capsys):
   printed = capsys.readouterr().out
   found = results('out')
   assert Path('out/step.png').stat().st_size > 5000
-  assert found['mesh'] == {'data': 8, 'expert': 1, 'model': 1}
+  assert found['mesh'] == {'slice': 1, 'data': 8, 'expert': 1, 'model': 1}
   assert found['tokens'] == 8 * (16 + 8)
   speed = found['tokens_per_second']['median']
   median = np.median([found['tokens'] / s for s in found['step']['wall_s']])
@@ -385,6 +386,7 @@ def test_remat_and_microbatches_do_not_change_model_flops():
     ('TPU v5p', 459e12),
     ('TPU v5', 459e12),
     ('TPU v6 lite', 918e12),
+    ('TPU7x', 1153.5e12),
     ('NVIDIA A100-SXM4-80GB', 312e12),
     ('NVIDIA H100 80GB HBM3', 989.5e12),
     ('NVIDIA H100 PCIe', 756e12),

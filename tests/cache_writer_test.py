@@ -19,6 +19,8 @@ TEXTS = {
   'validation': ['held out', 'text'],
 }
 
+HELD_OUT = 'validation-00000-of-00001'
+
 
 def text_of(texts=TEXTS, vocabulary=BYTES, name='x') -> Text:
   return Text(texts.__getitem__, {'sha256': name}, vocabulary)
@@ -166,11 +168,73 @@ def test_a_damaged_manifest_is_written_again(folder, whole):
 
 @pytest.mark.parametrize('order', [(0, 1, 2), (2, 0, 1)])
 def test_parts_in_any_order_make_the_same_cache(folder, whole, order):
+  shards = {
+    0: ['train-00000-of-00004', 'train-00003-of-00004', HELD_OUT],
+    1: ['train-00001-of-00004'],
+    2: ['train-00002-of-00004'],
+  }
   for index in order:
     manifest, written = write(folder, part=Part(index, 3))
-    assert 1 <= len(written) <= 2
+    assert written == shards[index]
     assert (manifest is None) == (index != order[-1])
   assert files_of(folder) == whole
+
+
+def test_two_parts_may_finish_at_the_same_moment(folder, whole, monkeypatch):
+  """Both find every shard there, and write the manifest into each other."""
+  last = cache_writer._write_manifest
+
+  def finish_meanwhile(*arguments):
+    monkeypatch.setattr(cache_writer, '_write_manifest', last)
+    write(folder, part=Part(1, 2))
+    return last(*arguments)
+
+  monkeypatch.setattr(cache_writer, '_write_manifest', finish_meanwhile)
+  manifest, _ = write(folder, part=Part(0, 2))
+  assert manifest == cache_format.read_manifest(folder)
+  assert files_of(folder) == whole
+
+
+def test_the_files_of_a_process_still_at_work_are_left_alone(folder, whole):
+  folder.mkdir()
+  write(folder, part=Part(0, 2))
+  other = folder / '.train-00001-of-00004.array_record.123.tmp'
+  other.write_text('half')
+  again = cache_writer._write_shard(
+    folder, 'train-00001-of-00004', iter(TEXTS['train'][5:10]), BYTES
+  )
+  assert again.documents == 5
+  assert other.exists()
+  write(folder)
+  assert files_of(folder) == whole
+
+
+def test_processes_that_begin_with_other_settings_are_told(folder):
+  def documents(split):  # while the text is counted, another process begins
+    if not (folder / 'plan.json').exists():
+      write(folder, num_shards=2)
+    return TEXTS[split]
+
+  message = refused(folder, Text(documents, {'sha256': 'x'}, BYTES))
+  assert 'num_shards 2, this one would have 4' in message
+
+
+def test_more_parts_than_shards_are_refused(folder):
+  assert refused(folder, part=Part(1, 5)) == (
+    '--shard=1/5: 5 processes cannot share 4 shards; give all of them '
+    '--num_shards=5 or more'
+  )
+  assert not folder.exists()
+
+
+def test_a_plan_of_before_files_were_divided_is_gone_on_with(folder, whole):
+  write(folder, part=Part(0, 2))
+  plan = json.loads((folder / 'plan.json').read_text())
+  assert plan.pop('files') == {}
+  (folder / 'plan.json').write_text(json.dumps(plan))
+  manifest, written = write(folder)
+  assert manifest == cache_format.read_manifest(folder)
+  assert written == ['train-00001-of-00004', 'train-00003-of-00004']
 
 
 def test_parts_read_from_the_command_line():

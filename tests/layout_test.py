@@ -188,12 +188,12 @@ def test_orbax_is_imported_by_checkpoint_only():
 
 def test_partition_specs_are_made_in_partitioning_only():
   users = {
-    path
+    module_of(path)
     for path, tree in sources().items()
     if any(name.endswith('.PartitionSpec') for name in imports(tree))
     or any(name == 'PartitionSpec' for _, name in attributes(tree))
   }
-  assert users == {'partitioning.py'}
+  assert users == {'partitioning'}
 
 
 def test_no_deprecated_or_private_flax_and_jax():

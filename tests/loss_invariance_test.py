@@ -43,7 +43,7 @@ def run(config, mesh_config=None):
   else:
     mesh = partitioning.make_mesh(mesh_config)
     params = place(params, config, mesh, mesh_config)
-    with partitioning.use_mesh(mesh):
+    with partitioning.use_mesh(mesh, mesh_config):
       batch = partitioning.shard_batch(tiny_batch(), mesh)
       (_, metrics), gradients = loss_and_gradients(config, params, batch)
   gradients = jax.device_get(gradients)
@@ -90,6 +90,12 @@ def test_scan_and_remat(overrides):
     (
       {'remat_policy': 'full'},
       MeshConfig(expert=4, axis_types='explicit', fsdp_experts=True),
+    ),
+    (
+      SCAN | {'remat_policy': 'full'},
+      MeshConfig(
+        slice=2, expert=4, fsdp_dense=True, fsdp_dense_axes=('expert',)
+      ),
     ),
   ],
 )

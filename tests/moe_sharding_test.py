@@ -91,7 +91,7 @@ def place(config, router):
 
 def compile_on_mesh(router, backend, axis_types, shape=(2, 2, 2)):
   """Returns the compiled step and its arguments, placed on the mesh."""
-  mesh, arguments = place(MeshConfig(*shape, axis_types=axis_types), router)
+  mesh, arguments = place(MeshConfig(1, *shape, axis_types=axis_types), router)
   with partitioning.use_mesh(mesh):
     step = jax.jit(make_step(router, backend))
     return step.lower(*arguments).compile(), arguments
@@ -136,7 +136,7 @@ def moves(compiled):
 @pytest.mark.parametrize('shape', [(2, 2, 2), (2, 4, 1), (1, 4, 2)])
 def test_forward_has_two_all_to_alls(shape, axis_types):
   layer = make_layer(PAPER, 'auto')
-  config = MeshConfig(*shape, axis_types=axis_types)
+  config = MeshConfig(1, *shape, axis_types=axis_types)
   mesh, arguments = place(config, PAPER)
   with partitioning.use_mesh(mesh):
     forward = jax.jit(

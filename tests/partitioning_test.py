@@ -15,16 +15,42 @@ AXIS_TYPES = ('auto', 'explicit')
 
 
 def mesh(axis_types='auto', **sizes):
-  sizes = sizes or {'data': 2, 'expert': 2, 'model': 2}
+  sizes = sizes or {'slice': 2, 'expert': 2, 'model': 2}
   return partitioning.make_mesh(MeshConfig(axis_types=axis_types, **sizes))
+
+
+def _without_data(spec):
+  """Axes of one device may be named or not."""
+  return tuple(
+    tuple(axis for axis in entry if axis != 'data')
+    if isinstance(entry, tuple)
+    else entry
+    for entry in spec
+  )
 
 
 def test_minus_one_takes_the_rest_of_the_devices():
   assert dict(mesh(data=-1, expert=4, model=1).shape) == {
+    'slice': 1,
     'data': 2,
     'expert': 4,
     'model': 1,
   }
+
+
+def test_slices_are_the_outermost_parts_of_the_devices():
+  found = mesh(slice=2, data=-1, expert=2, model=1)
+  assert found.axis_names == ('slice', 'data', 'expert', 'model')
+  ids = [[device.id for device in part.flat] for part in found.devices]
+  assert ids == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_tpu_job_says_how_many_slices_there_are():
+  sizes = partitioning.mesh_sizes
+  assert sizes(MeshConfig(expert=4), 16, num_slices=2) == (2, 2, 4, 1)
+  assert sizes(MeshConfig(slice=2, expert=4), 16, num_slices=2)[0] == 2
+  with pytest.raises(UserError, match='slice is 4, but this job has 2 TPU'):
+    sizes(MeshConfig(slice=4), 16, num_slices=2)
 
 
 def test_axes_that_do_not_multiply_to_the_devices_are_refused():
@@ -39,7 +65,7 @@ def test_shard_places_an_array_by_its_logical_axes(axis_types):
   x = np.arange(8 * 4, dtype=np.float32).reshape(8, 4)
   with partitioning.use_mesh(mesh(axis_types)):
     y = jax.jit(lambda x: partitioning.shard(x, 'batch', 'mlp'))(x)
-  assert y.sharding.spec == P(('data', 'expert'), 'model')
+  assert _without_data(y.sharding.spec) == (('slice', 'expert'), 'model')
   np.testing.assert_array_equal(y, x)
 
 
@@ -77,7 +103,7 @@ def test_einsum_adds_partial_sums_over_a_sharded_axis(axis_types):
     y = jax.jit(f)(x.astype(np.float32), w.astype(np.float32))
   np.testing.assert_allclose(y, x @ w, rtol=1e-5, atol=1e-5)
   # PartitionSpecs are compared without trailing Nones.
-  assert tuple(y.sharding.spec)[:1] == (('data', 'expert'),)
+  assert _without_data(y.sharding.spec)[:1] == (('slice', 'expert'),)
 
 
 @pytest.mark.parametrize('axis_types', AXIS_TYPES)
@@ -148,8 +174,12 @@ def test_parameters_are_float32_labelled_and_stored_in_parts():
     'expert': P('expert', None, 'model'),
   }
   assert specs(fsdp_dense=True, fsdp_experts=True) == {
-    'wi': P('data', 'model'),
+    'wi': P(('data', 'expert'), 'model'),
     'expert': P('expert', 'data', 'model'),
+  }
+  assert specs(fsdp_dense=True, fsdp_dense_axes=('expert',)) == {
+    'wi': P('expert', 'model'),
+    'expert': P('expert', None, 'model'),
   }
 
 
@@ -168,5 +198,5 @@ def test_a_parameter_that_does_not_divide_is_refused():
 def test_a_batch_is_split_over_data_and_expert_axes():
   m = mesh()
   batch = partitioning.shard_batch({'x': np.arange(8)}, m)
-  assert batch['x'].sharding.spec == P(('data', 'expert'))
+  assert batch['x'].sharding.spec == P(('slice', 'data', 'expert'))
   np.testing.assert_array_equal(batch['x'], np.arange(8))

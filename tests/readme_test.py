@@ -2,10 +2,12 @@
 
 import importlib.util
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,17 @@ SMALL_BENCH = {
   'step': [*SMALL, '--gin.STEPS=100', '--rounds=1'],
   'peers': ['--tokens=64', '--d_model=16', '--d_ff=16', '--rounds=1'],
 }
+# What these start is there on clouds and clusters only; launchers_test runs
+# the scripts with stand-ins.
+ELSEWHERE = (
+  'docker build ',
+  'kubectl apply ',
+  'sbatch scripts/slurm.sbatch ',
+  'scripts/tpu_vm ',
+  'xpk workload create ',
+)
+# Run here as one job of one.
+CACHE_ARRAY = 'sbatch scripts/slurm_cache.sbatch'
 SENTENCE = 'a router sends each token to two experts and adds what they say {}'
 
 
@@ -58,11 +71,29 @@ def test_the_readme_has_the_two_commands_and_more():
   assert len(commands()) >= 8
 
 
+def test_every_command_runs_in_a_test_or_is_listed():
+  known = ('st_moe ', 'scripts/', CACHE_ARRAY, *ELSEWHERE)
+  assert [c for c in commands() if not c.startswith(known)] == []
+  for start in ELSEWHERE:
+    assert any(command.startswith(start) for command in commands())
+
+
+def test_files_that_commands_elsewhere_name_are_there():
+  named = {
+    word
+    for command in commands()
+    for word in shlex.split(command)
+    if word.startswith('scripts/')
+  }
+  assert len(named) == 8
+  assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
 @pytest.mark.parametrize(
   'script', [c for c in commands() if c.startswith('scripts/')]
 )
 def test_scripts_are_there_and_parse(script):
-  path = ROOT / script
+  path = ROOT / script.split()[0]
   assert path.stat().st_mode & 0o111, f'{script} is not executable'
   subprocess.run(['bash', '-n', path], check=True)
 
@@ -82,11 +113,29 @@ def write_texts(folder: Path) -> None:
     subprocess.run(['gzip', shards / f'{name}.json'], check=True)
 
 
+def submit_cache_array(folder: Path) -> None:
+  program = folder / '.venv' / 'bin' / 'st_moe'
+  program.parent.mkdir(parents=True)
+  program.write_text(
+    f'#!/bin/sh\nPYTHONPATH={ROOT} {sys.executable} -m st_moe "$@"\n'
+  )
+  program.chmod(0o755)
+  array = {'SLURM_ARRAY_TASK_ID': '0', 'SLURM_ARRAY_TASK_COUNT': '1'}
+  subprocess.run(
+    ['bash', ROOT / CACHE_ARRAY.split()[1]],
+    cwd=folder,
+    env=os.environ | array,
+    check=True,
+  )
+
+
 @pytest.mark.slow
 def test_every_st_moe_command_runs(tmp_path, monkeypatch):
   write_texts(tmp_path)
   monkeypatch.chdir(tmp_path)
   for command in commands():
+    if command == CACHE_ARRAY:
+      submit_cache_array(tmp_path)
     if not command.startswith('st_moe '):
       continue
     argv = []  # file patterns expanded, as a shell would
@@ -104,6 +153,10 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
       alone = importlib.util.find_spec('torch') is None
       status = 2 if argv[1] == 'peers' and alone else 0
     assert main(argv) == status, command
+    if argv[0] == 'pretrain':
+      finished = ROOT / 'scripts' / 'run_finished'
+      workdir = argv[-1 - len(SMALL)].removeprefix('--workdir=')
+      assert subprocess.run([finished, workdir]).returncode == 0
     if argv[0] == 'vocab':
       shutil.copy('runs/my.model', 'spiece.model')
   scores = (tmp_path / 'runs' / 'mine' / 'evaluations.jsonl').read_text()
@@ -120,3 +173,6 @@ def test_the_tree_names_every_file_of_the_package():
     if path.name == '__init__.py' and path.parent.name != 'st_moe':
       continue
     assert path.name in names, f'README does not name {path.name}'
+  words = set(re.findall(r'[\w./]+', tree))
+  for path in sorted((ROOT / 'scripts').iterdir()):
+    assert path.name in words, f'README does not name scripts/{path.name}'

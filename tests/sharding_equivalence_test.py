@@ -46,12 +46,13 @@ CONFIGS = {
     scan_layers=True,
   ),
 }
-# Name of the model, mesh (data, expert, model), FSDP. Scanned models are in
-# loss_invariance_test, but for decoding.
+# Name of the model, mesh (slice, data, expert, model), FSDP. Scanned models are
+# in loss_invariance_test, but for decoding.
 CASES = [
-  ('dense', (4, 1, 2), True),
-  ('sparse', (2, 2, 2), False),
-  ('sparse', (2, 4, 1), True),
+  ('dense', (1, 4, 1, 2), True),
+  ('sparse', (1, 2, 2, 2), False),
+  ('sparse', (1, 2, 4, 1), True),
+  ('sparse', (2, 2, 2, 1), True),
 ]
 
 
@@ -76,8 +77,9 @@ def on_one_device(name):
 
 
 def make_mesh(shape, axis_types, fsdp):
-  data, expert, model = shape
+  slices, data, expert, model = shape
   mesh_config = MeshConfig(
+    slice=slices,
     data=data,
     expert=expert,
     model=model,
@@ -93,7 +95,7 @@ def make_mesh(shape, axis_types, fsdp):
 def test_eight_devices_equal_one(name, shape, fsdp, axis_types):
   mesh_config, mesh = make_mesh(shape, axis_types, fsdp)
   params = place(parameters(name), CONFIGS[name], mesh, mesh_config)
-  with partitioning.use_mesh(mesh):
+  with partitioning.use_mesh(mesh, mesh_config):
     batch = partitioning.shard_batch(tiny_batch(), mesh)
     (_, metrics), gradients = loss_and_gradients(
       CONFIGS[name], params, batch, rngs()
@@ -101,11 +103,10 @@ def test_eight_devices_equal_one(name, shape, fsdp, axis_types):
   (_, expected_metrics), expected_gradients = on_one_device(name)
   assert_trees_close(metrics, expected_metrics)
   assert_trees_close(gradients, expected_gradients)
-  if axis_types == 'explicit':  # gradients are where their parameters are
-    for gradient, param in zip(
-      jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True
-    ):
-      assert gradient.sharding.is_equivalent_to(param.sharding, param.ndim)
+  for gradient, param in zip(  # gradients are where their parameters are
+    jax.tree.leaves(gradients), jax.tree.leaves(params), strict=True
+  ):
+    assert gradient.sharding.is_equivalent_to(param.sharding, param.ndim)
 
 
 @pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
@@ -119,7 +120,7 @@ def test_decoding_on_eight_devices_equals_one(name, axis_types):
     method=decoding.Sampling(top_p=0.9),
     rng=jax.random.key(0),
   )
-  mesh_config, mesh = make_mesh((2, 2, 2), axis_types, True)
+  mesh_config, mesh = make_mesh((1, 2, 2, 2), axis_types, True)
   params = place(parameters(name), CONFIGS[name], mesh, mesh_config)
   with partitioning.use_mesh(mesh):
     batch = partitioning.shard_batch({'inputs': inputs}, mesh)
@@ -129,7 +130,7 @@ def test_decoding_on_eight_devices_equals_one(name, axis_types):
 
 @pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
 def test_a_batch_that_does_not_divide_is_refused(axis_types):
-  mesh_config, mesh = make_mesh((8, 1, 1), axis_types, False)
+  mesh_config, mesh = make_mesh((1, 8, 1, 1), axis_types, False)
   params = place(parameters('dense'), CONFIGS['dense'], mesh, mesh_config)
   with (
     partitioning.use_mesh(mesh),

@@ -250,7 +250,7 @@ class TestJson:
     content = jsonl('one', 'two').encode() + line + b'\n'
     path = write(tmp_path / name, content)
     with pytest.raises(UserError, match=f'{name}{message}'):
-      JsonDocuments([path], 100)
+      JsonDocuments([path], 100).check()
 
   def test_a_bad_record_further_on_is_named_when_it_is_met(self, tmp_path):
     content = jsonl(*(f't{i}' for i in range(100))).encode() + b'{broken\n'
@@ -271,7 +271,7 @@ class TestJson:
   def test_shards_without_a_text_are_refused(self, tmp_path):
     path = write(tmp_path / 'a.json', jsonl('', ' '))
     with pytest.raises(UserError, match='no record with a text'):
-      JsonDocuments([path], 1000)
+      JsonDocuments([path], 1000).check()
 
   def test_half_a_surrogate_pair_becomes_a_question_mark(self, tmp_path):
     path = write(tmp_path / 'a.json', '{"text": "a \\ud800 b"}\n')

@@ -10,6 +10,7 @@ import pytest
 import seqio
 import tensorflow as tf
 import tensorflow_datasets as tfds
+from prepared_tfds import prepare_tfds
 
 from st_moe.config import DataConfig
 from st_moe.data import streaming, tasks
@@ -71,40 +72,6 @@ def registered_task():
   )
   yield name
   seqio.TaskRegistry.remove(name)
-
-
-def prepare_tfds(root, config, splits, version='3.0.1'):
-  """Writes `c4/CONFIG/VERSION` as tfds would, from lists of texts."""
-  folder = root / 'c4' / config / version
-  folder.mkdir(parents=True)
-  features = tfds.features.FeaturesDict({'text': tfds.features.Text()})
-  names = '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'
-  template = tfds.core.ShardedFileTemplate(
-    data_dir=folder,
-    template=names,
-    dataset_name='c4',
-    filetype_suffix='tfrecord',
-  )
-  infos = []
-  for split, texts in splits.items():
-    path = folder / f'c4-{split}.tfrecord-00000-of-00001'
-    with tf.io.TFRecordWriter(str(path)) as writer:
-      for text in texts:
-        writer.write(features.serialize_example({'text': text}))
-    infos.append(
-      tfds.core.SplitInfo(
-        name=split,
-        shard_lengths=[len(texts)],
-        num_bytes=0,
-        filename_template=template.replace(split=split),
-      )
-    )
-  tfds.folder_dataset.write_metadata(
-    data_dir=folder,
-    features=features,
-    split_infos=infos,
-    filename_template=names,
-  )
 
 
 def test_the_text_task_gives_the_stream_of_t5(tmp_path):

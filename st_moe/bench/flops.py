@@ -1,4 +1,4 @@
-"""Model FLOPs of a training step, part by part, and peaks of devices.
+"""Model FLOPs of a training step, part by part.
 
 Model FLOPs are those of the matrix products that the model's definition asks
 for, however it is computed (PaLM, arXiv 2204.02311, appendix B): a product of
@@ -23,33 +23,6 @@ from st_moe.routing import expert_capacity, num_groups
 from st_moe.stacking import STACKS, depth, sparse_layers
 
 _BACKWARD = 2  # times the FLOPs of forward
-
-# bfloat16 products without sparsity, FLOP/s of one JAX device, by a part of
-# its device_kind; the first that fits. TPU: cloud.google.com/tpu/docs/v4, v5e,
-# v5p, v6e (a chip; on v4 and v5p JAX shows a chip as one device). NVIDIA: data
-# sheets of A100, H100, H200 and the DGX B200 (their dense numbers); PCIe and
-# NVL boards are slower than SXM ones.
-PEAK_FLOPS = (
-  ('tpu v6', 918e12),
-  ('tpu v5p', 459e12),
-  ('tpu v5 lite', 197e12),
-  ('tpu v5e', 197e12),
-  ('tpu v5', 459e12),
-  ('tpu v4', 275e12),
-  ('b200', 2250e12),
-  ('h200 nvl', 835.5e12),
-  ('h200', 989.5e12),
-  ('h100 nvl', 835.5e12),
-  ('h100 pcie', 756e12),
-  ('h100', 989.5e12),
-  ('a100', 312e12),
-)
-
-
-def peak_flops(device_kind: str) -> float | None:
-  """Returns the FLOP/s a device could reach in bfloat16; None if not known."""
-  kind = device_kind.lower()
-  return next((peak for name, peak in PEAK_FLOPS if name in kind), None)
 
 
 def _expert_rows(

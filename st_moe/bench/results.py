@@ -9,13 +9,12 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from st_moe.bench.timing import LoadWatch, Sample, Spread, load_warning
 from st_moe.errors import UserError
+from st_moe.tables import print_table
 from st_moe.workdir import git_state, versions, write_json
 
-_TABLE_WIDTH = 130  # columns, where the output is no terminal
 _HEAP = ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'GLIBC_TUNABLES')
 
 
@@ -111,20 +110,7 @@ class Output:
     self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
   ) -> None:
     """Prints a table; the first column is text, the others are numbers."""
-    table = Table(title=title, title_justify='left', box=None, pad_edge=False)
-    for index, column in enumerate(columns):
-      table.add_column(
-        column, justify='right' if index else 'left', no_wrap=True
-      )
-    for row in rows:
-      table.add_row(*row)
-    console = Console(
-      file=self._console.file,
-      highlight=False,
-      width=None if self._console.is_terminal else _TABLE_WIDTH,
-    )
-    console.print(table)
-    self.say('')
+    print_table(self._console, title, columns, rows)
 
   def finish(self, results: dict[str, Any], figure: Any) -> None:
     """Writes results.json and the picture; says the load.

@@ -15,7 +15,8 @@ import numpy as np
 
 from st_moe import partitioning
 from st_moe.bench import pictures
-from st_moe.bench.flops import peak_flops, step_flops
+from st_moe.bench.flops import step_flops
+from st_moe.bench.peaks import peak_flops
 from st_moe.bench.results import (
   Output,
   as_json,
@@ -59,7 +60,7 @@ class TrainStep:
     check_run(config, config.model.vocab_size, self.mesh)
     begin = time.perf_counter()
     program = step_program(config, self.mesh)
-    with partitioning.use_mesh(self.mesh):
+    with partitioning.use_mesh(self.mesh, config.mesh):
       self.compiled = program.traced.lower().compile()
     self.compile_seconds = time.perf_counter() - begin
     self.counts = parameter_counts(program.shapes)

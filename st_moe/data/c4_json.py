@@ -33,20 +33,23 @@ class JsonDocuments:
     max_line_bytes: int,
     holdout_every: int | None = None,
   ):
-    """Checks the first records of every shard.
+    self.files = tuple(files)
+    self._max_line_bytes = max_line_bytes
+    self._holdout_every = holdout_every
+
+  def check(self) -> 'JsonDocuments':
+    """Reads the first records of every shard; returns the documents.
 
     Raises:
       UserError: a broken shard or record, or no record in all of them.
     """
-    self.files = tuple(files)
-    self._max_line_bytes = max_line_bytes
-    self._holdout_every = holdout_every
     found = 0
-    for shard in range(len(files)):
+    for shard in range(len(self.files)):
       for _ in self._records(shard, stop=_CHECKED_RECORDS):
         found += 1
     if not found:
-      raise UserError(f'{files[0]}: no record with a text in these files')
+      raise UserError(f'{self.files[0]}: no record with a text in these files')
+    return self
 
   def part(self, held_out: bool) -> 'JsonPart':
     """Returns the documents to train on, or those that are held out."""

@@ -306,6 +306,11 @@ def _check_options(config: DataConfig) -> None:
       "a cache holds plain text; DataConfig.objective = 'none' does not go "
       "with it, use 'span_corruption' or 'prefix_lm'"
     )
+  if config.seqio_cache_dirs:
+    raise UserError(
+      "task 'cache' reads DataConfig.cache_dir; seqio_cache_dirs is for tasks "
+      'registered with seqio: leave it out, or name such a task'
+    )
   if config.pack:
     raise UserError(
       'rows from a cache are full already; set DataConfig.pack = False'

@@ -1,18 +1,19 @@
 """Writes a token cache: documents to tokenized, randomly accessible shards.
 
-A shard holds consecutive documents, so any shard can be written alone: the
-documents before it are read and not tokenized (a tenth of the work). Writing
-goes on where it stopped, a finished shard is never written again, and several
-processes or machines may share the shards of one folder (`part`); whoever
-finishes last writes the manifest. The same text, settings and versions give
-the same bytes.
+A shard holds a run of consecutive pieces of the text, documents or files
+(pieces.py), so any shard can be written alone. Runs, and not every n-th file:
+so the tokens come in the order of the text, and the cache holds the same
+stream however many shards there are. Writing goes on where it stopped, a
+finished shard is never written again, and several processes or machines may
+share the shards of one folder (`part`); whoever finishes last writes the
+manifest. The same text, settings and versions give the same bytes, written by
+one process or by many.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from st_moe.config import DataConfig, to_dict
 from st_moe.data import cache_format
 from st_moe.data.cache_format import Manifest, Shard
 from st_moe.data.files import file_sha256, replacing, write_atomically
+from st_moe.data.pieces import Pieces, Unit, pieces_of
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
 
@@ -39,7 +41,11 @@ _TEXT_FIELDS = ('task', 'holdout_every', 'train_split', 'eval_split')
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """The shards that this process writes: those with number % count == index."""
+  """The shards that this process writes: those with number % count == index.
+
+  A held-out shard goes to the part of the training shard of its number: where
+  held-out documents come from the training files, these are the same files.
+  """
 
   index: int = 0
   count: int = 1
@@ -68,25 +74,44 @@ class Text:
 
   Attributes:
     documents: gives the documents of 'train' or 'validation', each time the
-      same in one order; a sequence is read only where needed.
+      same in one order; a sequence and pieces are read only where needed.
     fingerprint: plain values that name the content.
     vocabulary: tokenizes them.
   """
 
-  documents: Callable[[str], Iterable[str]]
+  documents: Callable[[str], Pieces | Iterable[str]]
   fingerprint: dict[str, Any]
   vocabulary: Vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-  """What the folder is going to hold; fixed by the first process."""
+class Plan:
+  """What the folder is going to hold; fixed by the first process.
+
+  Attributes:
+    text: what decides which documents there are, and in which split.
+    vocabulary: 'byte' or the name of the model's file in the folder.
+    model_sha256: `Vocabulary.model_sha256` of the tokenizer.
+    shards: of each split.
+    documents: of each split; empty where files are divided.
+    files: of each split; empty where documents are divided.
+  """
 
   text: dict[str, Any]
   vocabulary: str
   model_sha256: str
-  documents: dict[str, int]
   shards: dict[str, int]
+  documents: dict[str, int] = dataclasses.field(default_factory=dict)
+  files: dict[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def unit(self) -> Unit:
+    return 'files' if self.files else 'documents'
+
+  def run(self, split: str, index: int) -> range:
+    """Returns the pieces of a shard, by number."""
+    total, count = getattr(self, self.unit)[split], self.shards[split]
+    return range(total * index // count, total * (index + 1) // count)
 
 
 def write_cache(
@@ -105,8 +130,9 @@ def write_cache(
     output: the cache's folder.
     text: documents and their vocabulary.
     num_shards: shards of the training split; fewer when there are fewer
-      documents. The held-out split is one shard. Readers keep every shard
-      open, at four threads each: prefer few large ones.
+      documents. The held-out split is one shard, or as many where files are
+      divided. Readers keep every shard open, at four threads each: prefer few
+      large ones.
     part: which shards to write; None: all.
     report: takes one line for each finished shard.
 
@@ -114,33 +140,39 @@ def write_cache(
     The manifest, or None while other parts have shards to write.
 
   Raises:
-    UserError: a split without documents, or a folder that holds another text,
-      vocabulary or number of shards.
+    UserError: a split without documents, more parts than shards, or a folder
+      that holds another text, vocabulary or number of shards.
   """
-  if num_shards < 1:
-    raise UserError(f'num_shards must be >= 1, got {num_shards}')
   output, part = Path(output), part or Part()
+  _check_shards(num_shards, part)
   plan = _plan(config, output, text, num_shards)
   # Without sentinels: `<extra_id_0>` in a document is text like any other.
   vocabulary = load_vocabulary(text.vocabulary.spec, extra_ids=0)
-  number = itertools.count()
   complete = True
   for split, count in plan.shards.items():
-    names = [cache_format.shard_name(split, i, count) for i in range(count)]
     missing = [
       index
-      for index, name in enumerate(names)
-      if next(number) % part.count == part.index
-      and not _is_intact(output, name)
+      for index in range(part.index, count, part.count)
+      if not _is_intact(output, cache_format.shard_name(split, index, count))
     ]
     if missing:
       complete = False
-      documents = text.documents(split)
-      _write_shards(output, split, missing, plan, documents, vocabulary, report)
+      pieces = pieces_of(text.documents(split))
+      _write_shards(output, split, missing, plan, pieces, vocabulary, report)
   if complete:
     whose = 'this part is ' if part.count > 1 else ''
     report(f'{output}: {whose}already complete, nothing to write')
   return _write_manifest(config, output, plan, vocabulary)
+
+
+def _check_shards(num_shards: int, part: Part) -> None:
+  if num_shards < 1:
+    raise UserError(f'num_shards must be >= 1, got {num_shards}')
+  if part.count > num_shards:
+    raise UserError(
+      f'--shard={part.index}/{part.count}: {part.count} processes cannot share '
+      f'{num_shards} shards; give all of them --num_shards={part.count} or more'
+    )
 
 
 def check_folder(output: Path) -> None:
@@ -158,51 +190,64 @@ def check_folder(output: Path) -> None:
     )
 
 
+def read_plan(output: Path) -> Plan | None:
+  """Reads what a folder is going to hold; None where nothing is planned.
+
+  Raises:
+    UserError: the plan is damaged.
+  """
+  path = Path(output) / cache_format.PLAN_FILE
+  if not path.is_file():
+    return None
+  try:
+    return Plan(**json.loads(path.read_bytes()))
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f'{path} is damaged; delete the folder {output} and make the cache again'
+    ) from error
+
+
 def _plan(
   config: DataConfig, output: Path, text: Text, num_shards: int
-) -> _Plan:
-  """Reads the folder's plan, or counts the documents and makes one."""
-  path = output / cache_format.PLAN_FILE
+) -> Plan:
+  """Reads the folder's plan, or counts the pieces and makes one."""
   settings = {name: getattr(config, name) for name in _TEXT_FIELDS}
   identity = settings | {'content': text.fingerprint}
   identity = json.loads(json.dumps(identity))  # as the plan will read it
-  if path.is_file():
-    try:
-      plan = _Plan(**json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-      raise UserError(
-        f'{path} is damaged; delete the folder {output} and make the cache '
-        'again'
-      ) from error
+  if (plan := read_plan(output)) is not None:
     _check_plan(plan, output, identity, text.vocabulary, num_shards)
     return plan
   check_folder(output)
-  counts = {}
-  for split in (cache_format.TRAIN, cache_format.VALIDATION):
-    counts[split] = _count(text.documents(split))
-    if not counts[split]:
+  pieces = {
+    split: pieces_of(text.documents(split))
+    for split in (cache_format.TRAIN, cache_format.VALIDATION)
+  }
+  counts = {split: len(parts) for split, parts in pieces.items()}
+  for split, count in counts.items():
+    if not count:
       raise UserError(f'task {config.task!r} has no {split} documents')
-  plan = _Plan(
+  unit = pieces[cache_format.TRAIN].unit
+  held_out = num_shards if unit == 'files' else 1
+  plan = Plan(
     text=identity,
     vocabulary=_store_vocabulary(output, text.vocabulary),
     model_sha256=text.vocabulary.model_sha256,
-    documents=counts,
     shards={
       cache_format.TRAIN: min(num_shards, counts[cache_format.TRAIN]),
-      cache_format.VALIDATION: 1,
+      cache_format.VALIDATION: min(held_out, counts[cache_format.VALIDATION]),
     },
+    **{unit: counts},
   )
+  if (other := read_plan(output)) is not None:  # begun while we counted
+    _check_plan(other, output, identity, text.vocabulary, num_shards)
+  path = output / cache_format.PLAN_FILE
   content = json.dumps(dataclasses.asdict(plan), indent=1)
   write_atomically(path, content.encode())
   return plan
 
 
-def _count(texts: Iterable[str]) -> int:
-  return len(texts) if isinstance(texts, Sequence) else sum(1 for _ in texts)
-
-
 def _check_plan(
-  plan: _Plan,
+  plan: Plan,
   output: Path,
   identity: dict[str, Any],
   vocabulary: Vocabulary,
@@ -212,7 +257,7 @@ def _check_plan(
   train = cache_format.TRAIN
   now = identity | {
     'vocabulary': vocabulary.model_sha256,
-    'num_shards': min(num_shards, plan.documents[train]),
+    'num_shards': min(num_shards, getattr(plan, plan.unit)[train]),
   }
   then = plan.text | {
     'vocabulary': plan.model_sha256,
@@ -249,49 +294,27 @@ def _write_shards(
   output: Path,
   split: str,
   missing: list[int],
-  plan: _Plan,
-  documents: Iterable[str],
+  plan: Plan,
+  pieces: Pieces,
   vocabulary: Vocabulary,
   report: Callable[[str], None],
 ) -> None:
-  """Writes some shards of a split in one pass over its documents."""
-  total, count = plan.documents[split], plan.shards[split]
-  runs = _Runs(documents)
+  """Writes some shards of a split, in order."""
   for index in missing:
-    start, stop = total * index // count, total * (index + 1) // count
-    name = cache_format.shard_name(split, index, count)
-    shard = _write_shard(output, name, runs.take(start, stop), vocabulary)
-    missed = shard.documents != stop - start
-    if missed or (stop == total and not runs.end_at(total)):
-      shard.record_path(output).unlink()
-      raise UserError(
-        f'the {split} text changed while {output} was written: its plan '
-        f'counts {total} documents; delete the folder and make it again'
-      )
+    run = plan.run(split, index)
+    name = cache_format.shard_name(split, index, plan.shards[split])
+    texts = pieces.read(run.start, run.stop)
+    shard = _write_shard(output, name, texts, vocabulary)
+    if plan.unit == 'documents':
+      total = plan.documents[split]
+      more = run.stop == total and not pieces.end_at(total)
+      if shard.documents != len(run) or more:
+        shard.record_path(output).unlink()
+        raise UserError(
+          f'the {split} text changed while {output} was written: its plan '
+          f'counts {total} documents; delete the folder and make it again'
+        )
     report(f'{name}: {shard.documents} documents, {shard.tokens} tokens')
-
-
-class _Runs:
-  """Consecutive runs of documents, from a sequence or a stream."""
-
-  def __init__(self, documents: Iterable[str]):
-    self._sequence = documents if isinstance(documents, Sequence) else None
-    self._stream = iter(documents)
-    self._position = 0
-
-  def take(self, start: int, stop: int) -> Iterator[str]:
-    """Yields documents [start, stop); a stream only moves forward."""
-    if self._sequence is not None:
-      return (self._sequence[i] for i in range(start, stop))
-    skipped = start - self._position
-    self._position = stop
-    return itertools.islice(self._stream, skipped, skipped + stop - start)
-
-  def end_at(self, stop: int) -> bool:
-    """Whether nothing comes after document stop - 1, the last one taken."""
-    if self._sequence is not None:
-      return len(self._sequence) == stop
-    return next(self._stream, None) is None
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -312,8 +335,6 @@ def _write_shard(
   output: Path, name: str, texts: Iterator[str], vocabulary: Vocabulary
 ) -> Shard:
   dtype = cache_format.token_dtype(_token_bytes(vocabulary))
-  for stale in output.glob(f'.{name}.*.tmp'):  # of a killed process
-    stale.unlink()
   documents, offsets = 0, [0]
   with contextlib.ExitStack() as stack:
     data = stack.enter_context(replacing(output / f'{name}.array_record'))
@@ -350,15 +371,29 @@ def _token_bytes(vocabulary: Vocabulary) -> int:
 
 
 def _write_manifest(
-  config: DataConfig, output: Path, plan: _Plan, vocabulary: Vocabulary
+  config: DataConfig, output: Path, plan: Plan, vocabulary: Vocabulary
 ) -> Manifest | None:
-  """Writes the manifest if every shard of the plan is finished."""
+  """Writes the manifest if every shard of the plan is finished.
+
+  Several processes may do so at once: each writes the same bytes.
+
+  Raises:
+    UserError: a split without documents, or another plan in the folder: two
+      processes began at the same moment with different settings.
+  """
+  if read_plan(output) != plan:
+    raise UserError(
+      f'{output} was begun by another process with other settings; delete it, '
+      'and give all processes the same'
+    )
   splits: dict[str, tuple[Shard, ...]] = {}
   for split, count in plan.shards.items():
     names = [cache_format.shard_name(split, i, count) for i in range(count)]
     shards = [cache_format.read_shard(output, name) for name in names]
     if None in shards:
       return None
+    if not sum(shard.documents for shard in shards):
+      raise UserError(f'task {config.task!r} has no {split} documents')
     splits[split] = tuple(shards)
   manifest = Manifest(
     vocabulary=plan.vocabulary,
@@ -369,4 +404,8 @@ def _write_manifest(
   )
   path = output / cache_format.MANIFEST_FILE
   write_atomically(path, manifest.to_json().encode())
+  # Of killed processes; before, they might have been another's at work.
+  for kind in ('array_record', 'offsets.npy'):
+    for leftover in output.glob(f'.*.{kind}.*.tmp'):
+      leftover.unlink(missing_ok=True)
   return manifest

@@ -1,6 +1,7 @@
 """Behind `st_moe vocab` and `st_moe cache`: they prepare text, once.
 
-Both read any pretraining task, through seqio's sources (TensorFlow).
+Both read any pretraining task: a cache of files by files (cache_text.py), the
+rest through seqio's sources (TensorFlow).
 """
 
 import contextlib
@@ -11,7 +12,8 @@ from pathlib import Path
 
 from st_moe.config import DataConfig
 from st_moe.data import cache_writer
-from st_moe.data.cache_writer import Part, Text, write_cache
+from st_moe.data.cache_text import divide, open_text
+from st_moe.data.cache_writer import Part, write_cache
 from st_moe.data.pipeline import open_stream
 from st_moe.data.vocabularies import (
   Vocabulary,
@@ -104,7 +106,7 @@ def cache_command(
   config: DataConfig,
   output: Path,
   *,
-  num_shards: int = cache_writer.DEFAULT_SHARDS,
+  num_shards: int | None = None,
   shard: str | None = None,
   cache_root: Path | None = None,
   report: Callable[[str], None] = print,
@@ -114,31 +116,42 @@ def cache_command(
   Args:
     config: names the text and the vocabulary.
     output: the cache's folder.
-    num_shards: files of the training split.
+    num_shards: files of the training split; None: as `divide` decides.
     shard: 'i/n', to write every n-th file from the i-th (from 0); the other
       processes or machines write the others into the same folder.
     cache_root: as for `open_data`.
     report: takes the lines to show.
 
   Raises:
-    UserError: see `write_cache`; also a mixture, or a task registered with
-      seqio.
+    UserError: see `write_cache`; also a mixture, a task registered with seqio,
+      or a vocabulary that each of several processes would have to train.
   """
   part = Part() if shard is None else Part.parse(shard)
   _refuse_cache(config)
   output = Path(output).expanduser()
   cache_writer.check_folder(output)
+  division = divide(config, num_shards, cache_writer.read_plan(output))
   if config.vocabulary == 'auto':
+    if part.count > 1:
+      raise UserError(
+        f'--shard={shard} without a vocabulary: each process would read all '
+        'the text to train one; make it once with `st_moe vocab` and give '
+        '--vocabulary=FILE'
+      )
     report(
       f'no vocabulary is given (--vocabulary): one of '
       f'{config.auto_vocabulary_size} pieces is trained on the text and kept '
       f'in {output}'
     )
-  data = open_stream(config, seed=0, cache_root=cache_root)
-  text = Text(data.documents, data.fingerprint['text'], data.vocabulary)
+  text = open_text(config, division, cache_root)
   with _writing(output):
     manifest = write_cache(
-      config, output, text, num_shards=num_shards, part=part, report=report
+      config,
+      output,
+      text,
+      num_shards=division.num_shards,
+      part=part,
+      report=report,
     )
   if manifest is None:
     report(f'{output}: shards of other parts are still missing')

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,11 @@ def replacing(path: Path) -> Iterator[Path]:
   """Yields a temporary neighbour that becomes `path` if the block succeeds.
 
   A reader sees the old file or the whole new one, never a part; on an error
-  nothing is left behind. The name carries the process id, so that processes
-  writing the same file do not meet.
+  nothing is left behind. The name is random, so that processes writing the
+  same file do not meet, on machines that number their processes alike either.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'.{path.name}.{uuid.uuid4().hex}.tmp')
   try:
     yield temporary
     os.replace(temporary, path)

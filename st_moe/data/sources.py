@@ -60,6 +60,15 @@ def unknown_task(name: str, others: Iterable[str] = ()) -> UserError:
   )
 
 
+def check_splits(config: DataConfig) -> None:
+  """Refuses a held-out split that is trained on."""
+  if config.train_split == config.eval_split:
+    raise UserError(
+      f'train_split and eval_split are both {config.train_split!r}: held-out '
+      'text must not be trained on'
+    )
+
+
 def resolve_files(
   patterns: Sequence[str] | str, suffixes: Sequence[str], field: str
 ) -> tuple[Path, ...]:
@@ -124,13 +133,13 @@ class TextFiles:
   held_out: tuple[Path, ...]
   holdout_every: int
 
-  def fingerprint(self) -> dict[str, Any]:
-    """Returns plain values that name the content."""
+  def fingerprint(self, unread: bool = False) -> dict[str, Any]:
+    """Returns plain values that name the content; see `fingerprint_files`."""
     found: dict[str, Any] = {}
     if self.train:
-      found['train'] = fingerprint_files(self.train)
+      found['train'] = fingerprint_files(self.train, unread)
     if self.held_out:
-      return found | {'held_out': fingerprint_files(self.held_out)}
+      return found | {'held_out': fingerprint_files(self.held_out, unread)}
     return found | {'holdout_every': self.holdout_every}
 
 
@@ -166,11 +175,13 @@ def check_disjoint(train: Sequence[Path], held_out: Sequence[Path]) -> None:
     )
 
 
-def fingerprint_files(files: Sequence[Path]) -> dict[str, str | int]:
+def fingerprint_files(
+  files: Sequence[Path], unread: bool = False
+) -> dict[str, str | int]:
   """Returns the number of files, their bytes, and one hash over them all.
 
-  The hash covers names and contents; where the files are larger than 1 GB
-  together, names, sizes and dates.
+  The hash covers names and contents; names, sizes and dates where the files
+  are to stay `unread`, or are larger than 1 GB together.
   """
   digest = hashlib.sha256()
   stats = []
@@ -180,7 +191,7 @@ def fingerprint_files(files: Sequence[Path]) -> dict[str, str | int]:
   total = sum(stat.st_size for stat in stats)
   for path, stat in zip(files, stats, strict=True):
     content = f'{stat.st_size} {stat.st_mtime_ns}'
-    if total <= MAX_HASHED_BYTES:
+    if not unread and total <= MAX_HASHED_BYTES:
       with reading(path):
         content = file_sha256(path)
     digest.update(f'{path.name} {content}\n'.encode())
@@ -257,12 +268,14 @@ class TextDocuments(Sequence[str]):
     files: Sequence[Path],
     document: Literal['line', 'paragraph'],
     max_line_bytes: int,
+    may_be_empty: bool = False,
   ):
     """Reads and checks all files.
 
     Raises:
       UserError: unreadable or broken files, invalid UTF-8, lines or
-        paragraphs that are too long, or no document in all of them.
+        paragraphs that are too long, or no document in all of them, unless
+        they `may_be_empty`.
     """
     self.files = tuple(files)
     self._unpacked: dict[int, bytes] = {}
@@ -280,7 +293,7 @@ class TextDocuments(Sequence[str]):
       self._first.append(len(starts))
     self._starts = np.frombuffer(starts, np.int64)
     self._ends = np.frombuffer(ends, np.int64)
-    if not len(self):
+    if not len(self) and not may_be_empty:
       more = f' and {len(files) - 1} more' if len(files) > 1 else ''
       raise UserError(
         f'{files[0]}{more}: empty, or only blank lines; give files with text'

@@ -29,6 +29,7 @@ from st_moe.data.iterators import (
   next_batch,
 )
 from st_moe.data.mixtures import Part, make_mixture, parse
+from st_moe.data.seqio_caches import open_seqio_caches
 from st_moe.data.sources import SUFFIXES
 from st_moe.data.span_corruption import check_lengths
 from st_moe.data.tasks import Corpus, make_task, open_corpus, registered
@@ -68,20 +69,31 @@ def open_stream(
     for part in parts
   ]
   provider = make_mixture(config.task, parts, providers)
+  cached = {}
+  if config.seqio_cache_dirs:
+    cached = open_seqio_caches(config, provider)
   for split in (config.train_split, config.eval_split):
-    if split not in provider.splits:
+    if not cached and split not in provider.splits:
       raise UserError(
         f'task {config.task!r} has no split {split!r} (it has '
         f'{", ".join(provider.splits)}); set DataConfig.train_split and '
         'eval_split'
       )
-  return StreamingData(config, parts, provider, vocabulary, corpora, seed)
+  data = StreamingData(config, parts, provider, vocabulary, corpora, seed)
+  if cached:
+    data.fingerprint['seqio_caches'] = cached
+  return data
 
 
 def _check_objective(config: DataConfig, parts: Sequence[Part]) -> None:
   """Refuses an objective that the task cannot have, and short lengths."""
   for part in parts:
     own = registered(part.name) is not None
+    if not own and config.seqio_cache_dirs:
+      raise UserError(
+        'DataConfig.seqio_cache_dirs is for tasks registered with seqio; '
+        f'{part.name!r} is built in: leave it out, or use `st_moe cache`'
+      )
     if own and len(parts) == 1 and config.objective != 'none':
       raise UserError(
         f'task {part.name!r} is registered with seqio and makes its own '
@@ -322,6 +334,7 @@ class StreamingData:
         'targets': config.targets_length,
       },
       feature_converter=seqio.EncDecFeatureConverter(pack=config.pack),
+      use_cached=bool(config.seqio_cache_dirs),
       verbose=False,
       **options,
     )

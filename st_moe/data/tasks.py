@@ -22,6 +22,7 @@ from st_moe.config import DataConfig
 from st_moe.data import preprocessors, sources
 from st_moe.data.c4_json import JsonDocuments
 from st_moe.data.corpus import docstring_documents
+from st_moe.data.pieces import Pieces
 from st_moe.data.readers import JsonSource, RandomAccessSource
 from st_moe.data.vocabularies import Vocabulary
 from st_moe.errors import UserError
@@ -89,11 +90,7 @@ def open_corpus(
   Raises:
     UserError: missing, empty or broken data; settings that do not go together.
   """
-  if config.train_split == config.eval_split:
-    raise UserError(
-      f'train_split and eval_split are both {config.train_split!r}: held-out '
-      'text must not be trained on'
-    )
+  sources.check_splits(config)
   if name == 'docstrings':
     return _docstrings(config, cache_root)
   if name == 'text':
@@ -202,10 +199,10 @@ def _c4_json(config: DataConfig) -> Corpus:
   # Without training files nothing is trained on: `train_batches` refuses.
   train = JsonDocuments(
     files.train or files.held_out, config.max_line_bytes, every
-  )
+  ).check()
   held_out = train
   if files.held_out:
-    held_out = JsonDocuments(files.held_out, config.max_line_bytes)
+    held_out = JsonDocuments(files.held_out, config.max_line_bytes).check()
   parts = {
     config.train_split: train.part(held_out=False),
     config.eval_split: held_out.part(held_out=every is not None),
@@ -244,6 +241,48 @@ def tfds_version(name: str, dataset: str, config: DataConfig) -> str:
   return str(max(tfds.core.Version(version) for version in versions))
 
 
+class TfdsDocuments(Pieces):
+  """The texts of a prepared tfds split, file after file, each by its number.
+
+  Any range of them is read from its own files; where a range begins inside a
+  file, the records before it are passed over.
+  """
+
+  unit = 'documents'
+
+  def __init__(self, builder: tfds.core.DatasetBuilder, split: str):
+    """Takes a split, or a slice of one: 'train', 'train[:10%]'."""
+    self._builder = builder
+    infos = builder.info.splits
+    (span,) = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+    self._split = span.splitname
+    self._first = span.from_ or 0
+    self._length = infos[split].num_examples
+
+  def __len__(self) -> int:
+    return self._length
+
+  def __iter__(self) -> Iterator[str]:
+    return self.read(0, len(self))
+
+  def read(self, start: int, stop: int) -> Iterator[str]:
+    examples = self._builder.as_dataset(
+      split=tfds.core.ReadInstruction(
+        self._split,
+        from_=self._first + start,
+        to=self._first + stop,
+        unit='abs',
+      ),
+      # One file at a time: in turns, an order would depend on the range.
+      read_config=tfds.ReadConfig(
+        interleave_cycle_length=1, try_autocache=False
+      ),
+      shuffle_files=False,
+    )
+    for example in examples.as_numpy_iterator():
+      yield example['text'].decode()
+
+
 def _tfds(
   name: str, dataset: str, splits: dict[str, str], config: DataConfig
 ) -> Corpus:
@@ -262,18 +301,15 @@ def _tfds(
         f'{", ".join(prepared)})'
       )
 
-  def documents(split: str) -> Iterator[str]:
-    examples = source.get_dataset(split, shuffle=False)
-    for example in examples.as_numpy_iterator():
-      yield example['text'].decode()
-
   counts = {
     split: prepared[tfds_split].num_examples
     for split, tfds_split in splits.items()
   }
   return Corpus(
     source=source,
-    documents=documents,
+    documents=lambda split: TfdsDocuments(
+      source.tfds_dataset.builder, splits[split]
+    ),
     fingerprint={
       'tfds': f'{dataset}:{version}',
       'library': tfds.__version__,  # decides the order of files

@@ -128,7 +128,7 @@ def _process_rows(
   gate = jnp.where(kept, gate, 0.0).reshape(1, -1, choices)
   tables, sizes = _sort_by_expert(expert, num_experts)
   rows = dispatch_rows(x.reshape(1, -1, d_model), tables)[0]  # [N, D]
-  form = form_for(jax.default_backend())
+  form = form_for(partitioning.platform())
 
   def product(x, kernel):
     return grouped_matmul(x, kernel, sizes, form)

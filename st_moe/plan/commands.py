@@ -1,0 +1,59 @@
+"""The door of `st_moe plan`; loads JAX only when its devices are described."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from st_moe.config import RunConfig
+from st_moe.errors import UserError, did_you_mean
+from st_moe.plan.devices import prepare_environment
+from st_moe.plan.targets import Target, parse_target
+
+_AXES = ('slice', 'data', 'expert', 'model')
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+  """Reads 'data=8,expert=64'.
+
+  Raises:
+    UserError: for what is not AXIS=SIZE with a mesh axis.
+  """
+  sizes: dict[str, int] = {}
+  for word in text.split(','):
+    axis, _, size = word.partition('=')
+    if axis not in _AXES or not size.lstrip('-').isdigit():
+      raise UserError(
+        f'--mesh={text}: {word!r} is not AXIS=SIZE, axes are '
+        f'{", ".join(_AXES)}{did_you_mean(axis, _AXES)}'
+      )
+    sizes[axis] = int(size)
+  return sizes
+
+
+def run(args: argparse.Namespace, config: RunConfig) -> None:
+  """Plans the run of `config` on `args.topology`.
+
+  Raises:
+    UserError: an unknown target, a run that does not divide over its mesh, no
+      compiler, or a step that does not fit.
+  """
+  target = parse_target(args.topology, args.slices)
+  if args.search is not None and (args.no_compile or args.search < 1):
+    raise UserError(
+      '--search compiles: give it a positive number, and no --no_compile'
+    )
+  if args.json is not None and not Path(args.json).absolute().parent.is_dir():
+    raise UserError(f'--json={args.json}: there is no such folder')
+  if args.mesh is not None:
+    sizes = parse_mesh(args.mesh)
+    mesh = dataclasses.replace(config.mesh, **sizes)
+    config = dataclasses.replace(config, mesh=mesh)
+  prepare_environment(_stand_in(target) if args.no_compile else target)
+  from st_moe.plan import report
+
+  report.plan(args, config, target)
+
+
+def _stand_in(target: Target) -> Target:
+  """Returns CPU devices, as many as the target has."""
+  return parse_target(f'cpu:{target.devices}')

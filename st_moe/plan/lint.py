@@ -1,0 +1,175 @@
+"""What a plan warns of: settings that waste memory, links or arithmetic."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from st_moe.config import RunConfig
+from st_moe.plan.collectives import Traffic
+from st_moe.routing import expert_capacity, num_groups
+from st_moe.stacking import STACKS, depth, sparse_layers, superblock_size
+from st_moe.train_step import StepProgram
+
+# Dispatch by one-hot products above this share of all FLOPs is worth a word
+# (the paper's groups keep it near 1%).
+_DISPATCH_SHARE = 0.1
+# Rounding the slots of an expert up may add this much.
+_ROUNDING = 1.1
+# An all-reduce inside a slice of more bytes than this is of something that lies
+# in parts, or could.
+_LARGE_ALL_REDUCE = 64 * 2**20
+# TPU arrays are tiles of 8 x 128; a dimension cut below that moves padding.
+_TILE = (8, 128)
+_SMALL_WEIGHT = 2**20  # elements; smaller weights do not matter
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+  """Something to look at.
+
+  Attributes:
+    rule: its name.
+    text: what, with numbers, and what would change it.
+  """
+
+  rule: str
+  text: str
+
+
+def lint_shapes(
+  config: RunConfig, program: StepProgram, shards: int, flops: dict[str, float]
+) -> list[Finding]:
+  """Returns what shapes alone show.
+
+  Args:
+    config: the run.
+    program: its step, traced.
+    shards: over which the batch is split.
+    flops: from `costs.traced_flops`.
+  """
+  findings = _groups(config, shards) + _tiles(program)
+  dispatch = flops.get('dispatch, combine', 0.0) / sum(flops.values())
+  if dispatch > _DISPATCH_SHARE:
+    findings.append(
+      Finding(
+        'dispatch',
+        f'dispatch is {dispatch:.0%} of the FLOPs; use ModelConfig.dispatch = '
+        "'gather' or a smaller RouterConfig.group_size",
+      )
+    )
+  for stack in STACKS if config.model.num_experts else ():
+    layers = depth(config.model, stack)
+    size = superblock_size(config.model, layers)
+    if config.model.scan_layers and size == layers > 1:
+      findings.append(
+        Finding(
+          'unbalanced layers',
+          f'{stack}: {len(sparse_layers(config.model, layers))} sparse layers '
+          f'in {layers} repeat no pattern, so the scan holds all of them; make '
+          'sparse_every divide the number of layers',
+        )
+      )
+  return findings
+
+
+def _groups(config: RunConfig, shards: int) -> list[Finding]:
+  """Looks at routing groups and the slots of experts."""
+  findings = []
+  for stack in STACKS if config.model.num_experts else ():
+    router = getattr(config.model, f'{stack}_router')
+    length = config.data.lengths[stack]
+    tokens = config.batch_size // config.microbatches * length
+    wanted = router.group_size or length
+    size = tokens // num_groups(tokens, wanted, shards)
+    if size != wanted:
+      findings.append(
+        Finding(
+          'groups',
+          f'{stack}: groups have {size} tokens, not the group_size of '
+          f'{wanted}: {tokens:,} tokens of a (micro)batch do not make a '
+          f'multiple of {shards} such groups',
+        )
+      )
+    if config.model.dispatch == 'ragged' or router.kind != 'token_choice':
+      continue
+    capacity = expert_capacity(
+      router, size, config.model.num_experts, train=True
+    )
+    exact = size * router.train_capacity_factor / config.model.num_experts
+    if capacity > _ROUNDING * exact:
+      findings.append(
+        Finding(
+          'capacity',
+          f'{stack}: {exact:.2f} slots per expert are rounded to {capacity}, '
+          f'{capacity / exact - 1:.0%} more work and memory; a larger '
+          f'group_size than {size} rounds less',
+        )
+      )
+  return findings
+
+
+def _tiles(program: StepProgram) -> list[Finding]:
+  """Looks for weights cut into parts below the hardware's tile."""
+  worst: dict[tuple[int, int], str] = {}
+  for (path, leaf), sharding in zip(
+    jax.tree_util.tree_leaves_with_path(program.shapes.shapes.params),
+    jax.tree.leaves(program.shardings.params),
+    strict=True,
+  ):
+    if leaf.ndim < 2 or math.prod(leaf.shape) < _SMALL_WEIGHT:
+      continue
+    part = sharding.shard_shape(leaf.shape)
+    for axis, tile in zip((-2, -1), _TILE, strict=True):
+      if part[axis] < min(tile, leaf.shape[axis]):
+        where = jax.tree_util.keystr(path, simple=True, separator='/')
+        worst.setdefault((leaf.shape[axis], part[axis]), where)
+  return [
+    Finding(
+      'tiles',
+      f'{where} and others: {whole} are cut into parts of {part}, padded to '
+      f'the tile of {_TILE[0]} x {_TILE[1]}; fewer axes in '
+      'MeshConfig.fsdp_dense_axes, or a smaller axis, waste less',
+    )
+    for (whole, part), where in worst.items()
+  ]
+
+
+def lint_traffic(traffic: Traffic) -> list[Finding]:
+  """Returns what the compiled program's collectives show."""
+  findings: list[Finding] = []
+  for c in traffic.collectives:
+    if (
+      c.kind == 'all-reduce'
+      and ' and ' not in c.shape  # many small ones at once
+      and c.bytes > _LARGE_ALL_REDUCE
+      and not c.over_network
+      and c.count > 1
+    ):
+      findings.append(
+        Finding(
+          'all-reduce',
+          f'{c.shape} is added up on every device, {c.count} times a step '
+          f'({c.total_bytes / 2**30:.2f} GiB, {_scope(c.op_name)}); FSDP '
+          '(MeshConfig.fsdp_dense, fsdp_experts) scatters it',
+        )
+      )
+  if traffic.unknown_loops:
+    findings.append(
+      Finding(
+        'loops',
+        f'{traffic.unknown_loops} loops of the program have trips that are not '
+        'known; what they move counts once',
+      )
+    )
+  return findings
+
+
+def _scope(op_name: str) -> str:
+  """Returns the last modules of a name scope."""
+  return '/'.join(op_name.split('/')[-3:]) or 'no name'
+
+
+def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
+  return [dataclasses.asdict(finding) for finding in findings]

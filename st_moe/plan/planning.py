@@ -1,0 +1,275 @@
+"""One run on one target: traced, compiled, measured against its devices."""
+
+import dataclasses
+import re
+import resource
+import time
+from typing import Any
+
+import jax
+
+from st_moe import partitioning
+from st_moe.bench.flops import step_flops
+from st_moe.config import RunConfig
+from st_moe.experts import choose_backend
+from st_moe.plan import costs, lint
+from st_moe.plan.collectives import (
+  Traffic,
+  layout,
+  link_seconds,
+  read_collectives,
+)
+from st_moe.plan.devices import describe_devices
+from st_moe.plan.targets import Target
+from st_moe.train import check_run
+from st_moe.train_step import StepProgram, step_program
+
+# What a JAX process takes of a GPU's memory unless told otherwise
+# (XLA_PYTHON_CLIENT_MEM_FRACTION).
+_GPU_FRACTION = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is known of a run on a target; None: not compiled, or no such rate.
+
+  Bytes are of one device; FLOPs of one step on all devices.
+  """
+
+  target: Target
+  config: RunConfig
+  mesh: dict[str, int]
+  parameters: dict[str, int]
+  tokens: int
+  model_flops: dict[str, float]
+  program_flops: dict[str, float]
+  state: dict[str, int]
+  available: int | None
+  findings: tuple[lint.Finding, ...]
+  peak: int | None = None
+  needs: int | None = None  # at least, where the compiler gave up
+  arguments: int | None = None
+  scratch: int | None = None
+  traffic: Traffic | None = None
+  links: dict[str, float | None] | None = None
+  compile_seconds: float | None = None
+
+  @property
+  def fits(self) -> bool | None:
+    """Whether the step fits; None: unknown without compiling."""
+    if self.needs is not None:
+      return False
+    if self.available is None:
+      return None
+    if self.peak is not None:
+      return self.peak <= self.available
+    return None if 2 * self.resident <= self.available else False
+
+  @property
+  def resident(self) -> int:
+    """Bytes of weights and optimizer state."""
+    return sum(self.state.values())
+
+  @property
+  def utilization(self) -> float:
+    """The ceiling of MFU: model FLOPs over those of the program."""
+    return sum(self.model_flops.values()) / sum(self.program_flops.values())
+
+  def seconds(self, flops: dict[str, float]) -> float | None:
+    """Returns the least time for FLOPs at the devices' peak."""
+    peak = self.target.chip.peak
+    if peak is None:
+      return None
+    return sum(flops.values()) / (peak * self.target.devices)
+
+  @property
+  def bound(self) -> float | None:
+    """The least time of a step: arithmetic or links, whichever is longer."""
+    times = [self.seconds(self.program_flops)]
+    times += (self.links or {}).values()
+    known = [time for time in times if time is not None]
+    return max(known) if known else None
+
+  def as_json(self) -> dict[str, Any]:
+    """Returns every number, ready for JSON."""
+    traffic = self.traffic
+    return {
+      'target': dataclasses.asdict(self.target)
+      | {'peak_flops_per_device': self.target.chip.peak},
+      'mesh': self.mesh,
+      'parameters': self.parameters,
+      'tokens': self.tokens,
+      'model_flops': self.model_flops,
+      'program_flops': self.program_flops,
+      'mfu_ceiling': self.utilization,
+      'seconds': {
+        'model_flops': self.seconds(self.model_flops),
+        'program_flops': self.seconds(self.program_flops),
+        'links': self.links,
+        'bound': self.bound,
+      },
+      'bytes_per_device': {
+        'state': self.state,
+        'arguments': self.arguments,
+        'scratch': self.scratch,
+        'peak': self.peak,
+        'needs': self.needs,
+        'available': self.available,
+      },
+      'fits': self.fits,
+      'collectives': traffic
+      and {
+        'bytes_by_kind': traffic.bytes_by_kind(),
+        'counts_by_kind': traffic.counts_by_kind(),
+        'unknown_loops': traffic.unknown_loops,
+        'all': [dataclasses.asdict(c) for c in traffic.collectives],
+      },
+      'findings': lint.as_json(list(self.findings)),
+      'compile_seconds': self.compile_seconds,
+      'max_rss_bytes': 1024
+      * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def make_plan(config: RunConfig, target: Target, *, compiles: bool) -> Plan:
+  """Plans a run.
+
+  Args:
+    config: the run.
+    target: where.
+    compiles: whether to compile; without, shapes alone speak, and CPU devices
+      stand for the target's.
+
+  Raises:
+    UserError: when the run does not divide over its mesh, or the target's
+      compiler refuses.
+  """
+  if compiles:
+    devices = describe_devices(target)
+  else:
+    devices = jax.devices('cpu')[: target.devices]
+    config = _as_on(target, config)
+  mesh = partitioning.make_mesh(config.mesh, devices)
+  check_run(config, config.model.vocab_size, mesh)
+  program = step_program(config, mesh)
+  shards = partitioning.batch_shards(mesh)
+  flops = costs.traced_flops(program.traced)
+  available = target.chip.hbm_bytes
+  if available is not None and target.platform == 'cuda':
+    available = int(_GPU_FRACTION * available)
+  plan = Plan(
+    target=target,
+    config=config,
+    mesh=dict(mesh.shape),
+    parameters=costs.parameters(config, program.shapes),
+    tokens=config.batch_size * sum(config.data.lengths.values()),
+    model_flops=step_flops(config, shards),
+    program_flops=flops,
+    state=costs.state_bytes(program),
+    available=available,
+    findings=tuple(lint.lint_shapes(config, program, shards, flops)),
+  )
+  return _compile(plan, program, mesh) if compiles else plan
+
+
+def _as_on(target: Target, config: RunConfig) -> RunConfig:
+  """Returns a run that chooses on CPU devices as it would on the target."""
+  model, mesh = config.model, config.mesh
+  if model.num_experts:
+    backend = choose_backend(
+      model.dispatch,
+      platform='gpu' if target.platform == 'cuda' else target.platform,
+      group_tokens=model.encoder_router.group_size or config.data.inputs_length,
+      d_ff=model.expert_d_ff or model.d_ff,
+    )
+    model = dataclasses.replace(model, dispatch=backend.name)
+  mesh = dataclasses.replace(mesh, slice=mesh.slice or target.slices)
+  return dataclasses.replace(config, model=model, mesh=mesh)
+
+
+def _compile(plan: Plan, program: StepProgram, mesh: Any) -> Plan:
+  """Adds what the compiler says."""
+  begin = time.monotonic()
+  try:
+    with partitioning.use_mesh(mesh, plan.config.mesh):
+      compiled = program.traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    needs = _needed(str(error))
+    if needs is None:
+      raise
+    seconds = time.monotonic() - begin
+    return dataclasses.replace(plan, needs=needs, compile_seconds=seconds)
+  memory = compiled.memory_analysis()
+  held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  traffic = read_collectives(compiled.as_text(), layout(mesh))
+  return dataclasses.replace(
+    plan,
+    peak=max(
+      memory.peak_memory_in_bytes,
+      0
+      if memory.peak_memory_in_bytes
+      else held + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
+    ),
+    arguments=memory.argument_size_in_bytes,
+    scratch=memory.temp_size_in_bytes,
+    traffic=traffic,
+    links=dataclasses.asdict(
+      link_seconds(traffic.collectives, plan.target.chip)
+    ),
+    findings=plan.findings + tuple(lint.lint_traffic(traffic)),
+    compile_seconds=time.monotonic() - begin,
+  )
+
+
+_UNITS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+
+
+def _needed(message: str) -> int | None:
+  """Returns the bytes that XLA says a program needs, if it is out of memory.
+
+  TPU: `Ran out of memory in memory space hbm. Used 27.30G of 15.75G hbm`, or
+  `... (27.30G) exceeds available HBM (15.75G)`.
+  """
+  if 'RESOURCE_EXHAUSTED' not in message:
+    return None
+  match = re.search(r'(?:Used |required for [\w ]+\()([\d.]+)([KMGT])', message)
+  return int(float(match[1]) * _UNITS[match[2]]) if match else 0
+
+
+def suggestions(plan: Plan) -> list[str]:
+  """Returns what would make a run that does not fit need less, best first."""
+  config, available = plan.config, plan.available or 0
+  model, mesh = config.model, config.mesh
+  found = []
+  if not (mesh.fsdp_dense or mesh.fsdp_experts) and (
+    plan.resident > available // 4
+  ):
+    found.append(
+      'store weights in parts: --gin.MeshConfig.fsdp_dense=True '
+      '--gin.MeshConfig.fsdp_experts=True'
+    )
+  experts = plan.mesh['expert']
+  if model.num_experts and experts < model.num_experts:
+    larger = [
+      n
+      for n in range(experts + 1, model.num_experts + 1)
+      if model.num_experts % n == 0
+      and plan.target.devices % (n * plan.mesh['model'] * plan.mesh['slice'])
+      == 0
+    ]
+    if larger:
+      found.append(
+        f'fewer experts per device: --mesh=data=-1,expert={larger[-1]}'
+      )
+  if model.remat_policy != 'full':
+    found.append("keep less: --gin.ModelConfig.remat_policy='full'")
+  shards = plan.mesh['slice'] * plan.mesh['data'] * plan.mesh['expert']
+  if config.batch_size % (shards * config.microbatches * 2) == 0:
+    found.append(
+      'halve the activations: '
+      f'--gin.RunConfig.microbatches={2 * config.microbatches}'
+    )
+  if plan.mesh['model'] == 1 and model.num_heads % 2 == 0:
+    found.append('split layers: --mesh with model=2 or more')
+  found.append(f'more devices than {plan.target.devices}')
+  return found
