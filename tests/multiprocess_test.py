@@ -138,7 +138,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bitwise(
   Job(command, processes=2, devices=4).succeed()
   assert_same_run(tmp_path, runs[2])
   (sample,) = json.loads((tmp_path / 'summary.json').read_text())['samples']
-  assert sample['masked'].startswith('The')
+  assert 'past an old mill' in sample['masked']
 
 
 def test_signals_and_death_amid_a_long_run(cache, tmp_path):
@@ -171,15 +171,17 @@ def test_signals_and_death_amid_a_long_run(cache, tmp_path):
   job.send(signal.SIGKILL, 1)
   ended, killed = job.end()
   assert killed.status == -signal.SIGKILL
+  # gloo says so at once, else JAX does after 100 seconds.
   assert ended.status not in (0, 2), ended
-  print(ended)
 
 
 def test_evaluate_in_two_processes(runs, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(runs[1], workdir)
+  # Both hold parts of the same rows: they read the same.
+  mesh = [f'--gin.MeshConfig.{k}' for k in ('data=1', 'expert=1', 'model=4')]
   ended = Job(
-    ['evaluate', f'--workdir={workdir}'], processes=2, devices=4
+    ['evaluate', f'--workdir={workdir}', *mesh], processes=2, devices=2
   ).succeed()
   (line,) = (workdir / 'evaluations.jsonl').read_text().splitlines()
   expected = json.loads((workdir / 'summary.json').read_text())
