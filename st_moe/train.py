@@ -103,8 +103,9 @@ def describe_run(
     f'{counts["total"]:,}',
     f'{counts["expert"]:,}',
   )
-  axes = ' x '.join(f'{axis} {size}' for axis, size in mesh.shape.items())
-  log.info('mesh: %s on %s', axes, device.device_kind)
+  log.info(
+    'mesh: %s on %s', partitioning.describe(mesh.shape), device.device_kind
+  )
   if config.model.num_experts:
     description['dispatch'] = describe_dispatch(config, mesh)
   if config.checkpoint_every > config.steps:

@@ -284,7 +284,7 @@ def test_the_table_and_the_json_of_a_mesh_of_8(tmp_path):
   )
   assert found['fits'] is None
   assert f'{counts["total"]:,} in all' in result.stdout
-  assert 'mesh: slice 1 x data 2 x expert 4 x model 1' in result.stdout
+  assert 'mesh: data 2 x expert 4 x model 1' in result.stdout
 
 
 def test_without_compiling_a_pod_takes_seconds(tmp_path):

@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,6 +130,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     ]
   )
   return Mesh(array, MESH_AXES, axis_types=(axis_type,) * len(MESH_AXES))
+
+
+def describe(sizes: Mapping[str, int]) -> str:
+  """Returns 'data 8 x expert 64 x model 1'; slices where there are several."""
+  return ' x '.join(
+    f'{axis} {size}'
+    for axis, size in sizes.items()
+    if axis != 'slice' or size > 1
+  )
 
 
 def _slice_index(device: Any) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from st_moe import partitioning
 from st_moe.config import RunConfig, to_dict
 from st_moe.errors import UserError
 from st_moe.plan.planning import Plan, make_plan, suggestions
@@ -71,7 +72,7 @@ def _seconds(value: float | None) -> str:
 
 def _print(console: Console, plan: Plan) -> None:
   counts, chip = plan.parameters, plan.target.chip
-  axes = ' x '.join(f'{axis} {size}' for axis, size in plan.mesh.items())
+  axes = partitioning.describe(plan.mesh)
   console.print(
     f'parameters: {counts["total"]:,} in all, {counts["expert"]:,} in experts, '
     f'{counts["active_per_token"]:,} for a token'
@@ -205,10 +206,9 @@ def _search(
 
 
 def _row(plan: Plan) -> tuple[str, ...]:
-  axes = ' '.join(f'{axis} {size}' for axis, size in plan.mesh.items())
   links = [time for time in (plan.links or {}).values() if time is not None]
   return (
-    axes,
+    partitioning.describe(plan.mesh),
     plan.config.model.remat_policy,
     gib(plan.needs if plan.peak is None else plan.peak),
     {True: 'yes', False: 'no', None: '?'}[plan.fits],
