@@ -106,13 +106,22 @@ class Connection:
       raise UserError(
         f'--num_processes must be at least 1, got {self.num_processes}'
       )
-    count = self.num_processes or 1 << 31
-    if self.process_id is not None and not 0 <= self.process_id < count:
-      raise UserError(
-        f'--process_id must be 0 to {count - 1}, got {self.process_id}'
-      )
+    if self.process_id is not None:
+      if self.process_id < 0:
+        raise UserError(
+          f'--process_id must be at least 0, got {self.process_id}'
+        )
+      if (
+        self.num_processes is not None and self.process_id >= self.num_processes
+      ):
+        raise UserError(
+          f'--process_id must be 0 to {self.num_processes - 1}, got '
+          f'{self.process_id}'
+        )
     if self.timeout < 1:
-      raise UserError(f'--connect_timeout must be positive, got {self.timeout}')
+      raise UserError(
+        f'--connect_timeout must be at least 1, got {self.timeout}'
+      )
 
 
 def is_job(environ: Mapping[str, str]) -> bool:
@@ -403,7 +412,7 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
 
 
 def _report(error: Exception) -> int:
-  """Prints an unexpected error; returns the exit status."""
+  """Prints an unexpected error; returns the exit status: try again."""
   if not any(word in str(error) for word in _LOST):
     traceback.print_exception(error)
     return 1
@@ -413,7 +422,7 @@ def _report(error: Exception) -> int:
     'say, and start all again to go on from the last checkpoint',
     file=sys.stderr,
   )
-  return 3
+  return 1
 
 
 class StopSignals:

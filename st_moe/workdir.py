@@ -15,6 +15,7 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ _RECORDED_PACKAGES = (
   'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy', 'gin-config',
   'seqio', 'tensorflow', 'tensorflow-text', 'sentencepiece', 'grain',
 )  # fmt: skip
+
+# Until a new file shows on a network file system or a mounted bucket.
+_SHOWN_WITHIN_SECONDS = 10
 
 # What a run that was killed early may leave before its run.json.
 _BEFORE_RECORD = ('.lock', 'checkpoints', 'config.gin', VOCABULARY_FILE)
@@ -320,13 +324,7 @@ def open_workdir(path: Path) -> WorkDirectory:
       not see the directory that process 0 has made.
   """
   if not processes.is_leader():
-    owner = processes.from_leader(None)
-    lock_file = path / '.lock'
-    if not lock_file.is_file() or lock_file.read_text() != owner:
-      raise UserError(
-        f'--workdir={path} is another directory here than for process 0; all '
-        'processes need the same one, on a file system that they share'
-      )
+    _check_shared(path)
     return WorkDirectory(path, None)
   is_new = not path.exists()
   check_path(path)
@@ -348,9 +346,41 @@ def open_workdir(path: Path) -> WorkDirectory:
       'another directory'
     ) from None
   lock.truncate(0)
-  owner = f'process {os.getpid()} on {socket.gethostname()}'
-  lock.write(owner)
+  lock.write(f'process {os.getpid()} on {socket.gethostname()}')
   lock.flush()
-  os.fsync(lock)
-  processes.from_leader(owner)
-  return WorkDirectory(path, lock, is_new)
+  directory = WorkDirectory(path, lock, is_new)
+  try:
+    if processes.joined():
+      _show_to_all(path)
+  except BaseException:
+    directory.close()
+    raise
+  return directory
+
+
+def _show_to_all(path: Path) -> None:
+  """Makes a file for the other processes to see, which have none of its name.
+
+  Not the lock: what mounts know of files that were there before may be old.
+  """
+  name = f'.seen_by_all.{os.getpid()}.{time.time_ns()}.tmp'
+  (path / name).touch()
+  try:
+    processes.from_leader(name)
+    processes.exchange(None)
+  finally:
+    (path / name).unlink()
+
+
+def _check_shared(path: Path) -> None:
+  """Refuses a directory that is not the one of process 0."""
+  name = processes.from_leader(None)
+  end = time.monotonic() + _SHOWN_WITHIN_SECONDS
+  while not (path / name).exists():
+    if time.monotonic() > end:
+      raise UserError(
+        f'--workdir={path} is another directory here than for process 0; all '
+        'processes need the same one, on a file system that they share'
+      )
+    time.sleep(0.1)
+  processes.exchange(None)

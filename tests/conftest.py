@@ -39,6 +39,7 @@ def pytest_addoption(parser):
 
 # Files run whole, each on one core: those that take longest begin first.
 LONGEST_FIRST = (
+  'multiprocess_test.py',
   'resume_test.py',
   'readme_test.py',
   'sharding_equivalence_test.py',

@@ -1,6 +1,7 @@
 """A work directory has one configuration, one vocabulary, one process."""
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -113,6 +114,20 @@ def test_a_restart_keeps_the_record_of_the_first_start(tmp_path):
   assert len(run['restarts']) == 1
   assert run['restarts'][0]['command'] == ['st_moe', 'pretrain']
   assert (tmp_path / 'config.gin').read_text() == '# all of it\n'
+  directory.close()
+
+
+def test_a_full_disk_is_the_users_to_fix(tmp_path, monkeypatch):
+  directory = workdir.open_workdir(tmp_path)
+
+  def full(path, value):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(workdir, 'write_json', full)
+  with pytest.raises(
+    UserError, match='written .No space left on device.; make'
+  ):
+    record(directory)
   directory.close()
 
 
