@@ -128,7 +128,10 @@ def test_a_model_says_its_size_in_its_first_line(name):
 def test_a_model_file_sets_the_model_and_nothing_else(name):
   bindings = read_file(gin_files.find(f'models/{name}.gin'))
   classes = {b.name.rpartition('.')[0].rpartition('/')[2] for b in bindings}
-  assert classes <= {'ModelConfig', 'RouterConfig'}
+  allowed = {'ModelConfig', 'RouterConfig'}
+  if name == 'st_moe_32b':  # no device holds it: a mesh is part of it
+    allowed |= {'MeshConfig'}
+  assert classes <= allowed
   # One given after another must replace its size whole.
   assert {f'ModelConfig.{field}' for field in SIZES} <= {
     b.name for b in bindings

@@ -80,6 +80,11 @@ class Collective:
     return self.local_size < self.group_size
 
   @property
+  def largest_array_bytes(self) -> int:
+    """Bytes of the array that `shape` names, of those that go together."""
+    return _size_and_shape(self.shape)[0]
+
+  @property
   def total_bytes(self) -> int:
     return self.count * self.bytes
 

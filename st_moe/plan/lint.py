@@ -17,9 +17,9 @@ from st_moe.train_step import StepProgram
 _DISPATCH_SHARE = 0.1
 # Rounding the slots of an expert up may add this much.
 _ROUNDING = 1.1
-# An all-reduce inside a slice of more bytes than this is of something that lies
-# in parts, or could.
-_LARGE_ALL_REDUCE = 64 * 2**20
+# An all-reduce inside a slice of arrays as large as this is of something that
+# lies in parts, or could.
+_LARGE_ALL_REDUCE = 16 * 2**20
 # TPU arrays are tiles of 8 x 128; a dimension cut below that moves padding.
 _TILE = (8, 128)
 _SMALL_WEIGHT = 2**20  # elements; smaller weights do not matter
@@ -142,8 +142,7 @@ def lint_traffic(traffic: Traffic) -> list[Finding]:
   for c in traffic.collectives:
     if (
       c.kind == 'all-reduce'
-      and ' and ' not in c.shape  # many small ones at once
-      and c.bytes > _LARGE_ALL_REDUCE
+      and c.largest_array_bytes >= _LARGE_ALL_REDUCE
       and not c.over_network
       and c.count > 1
     ):
@@ -151,8 +150,8 @@ def lint_traffic(traffic: Traffic) -> list[Finding]:
         Finding(
           'all-reduce',
           f'{c.shape} is added up on every device, {c.count} times a step '
-          f'({c.total_bytes / 2**30:.2f} GiB, {_scope(c.op_name)}); FSDP '
-          '(MeshConfig.fsdp_dense, fsdp_experts) scatters it',
+          f'({c.total_bytes / 2**30:.2f} GiB, {_scope(c.op_name)}); FSDP over '
+          "one axis scatters it: MeshConfig.fsdp_dense_axes = ('expert',)",
         )
       )
   if traffic.unknown_loops:
