@@ -48,7 +48,7 @@ def rules(config):
   mesh, program = traced(config)
   flops = costs.traced_flops(program.traced)
   shards = partitioning.batch_shards(mesh)
-  found = lint.lint_shapes(config, program, shards, flops)
+  found = lint.lint_shapes(config, program, shards, flops, tiled=True)
   return {finding.rule: finding.text for finding in found}
 
 

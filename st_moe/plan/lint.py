@@ -39,7 +39,12 @@ class Finding:
 
 
 def lint_shapes(
-  config: RunConfig, program: StepProgram, shards: int, flops: dict[str, float]
+  config: RunConfig,
+  program: StepProgram,
+  shards: int,
+  flops: dict[str, float],
+  *,
+  tiled: bool,
 ) -> list[Finding]:
   """Returns what shapes alone show.
 
@@ -48,8 +53,11 @@ def lint_shapes(
     program: its step, traced.
     shards: over which the batch is split.
     flops: from `costs.traced_flops`.
+    tiled: whether arrays lie in tiles, as on TPU.
   """
-  findings = _groups(config, shards) + _tiles(program)
+  findings = _groups(config, shards)
+  if tiled:
+    findings += _tiles(program)
   dispatch = flops.get('dispatch, combine', 0.0) / sum(flops.values())
   if dispatch > _DISPATCH_SHARE:
     findings.append(

@@ -167,7 +167,15 @@ def make_plan(config: RunConfig, target: Target, *, compiles: bool) -> Plan:
     program_flops=flops,
     state=costs.state_bytes(program),
     available=available,
-    findings=tuple(lint.lint_shapes(config, program, shards, flops)),
+    findings=tuple(
+      lint.lint_shapes(
+        config,
+        program,
+        shards,
+        flops,
+        tiled=target.platform == 'tpu',
+      )
+    ),
   )
   return _compile(plan, program, mesh) if compiles else plan
 
