@@ -80,6 +80,7 @@ def assert_same_run(workdir, expected):
   )
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_train_the_same_model(runs):
   assert len(curves(runs[1])) == STEPS + 2
   assert_close_curves(runs[2], runs[1])
@@ -96,6 +97,7 @@ def test_one_two_and_four_processes_train_the_same_model(runs):
   assert record['processes'] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('before', 'after'), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]
 )
@@ -124,6 +126,7 @@ def stopped_at(ended):
   return int(found[1])
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bitwise(
   runs, cache, tmp_path
 ):
@@ -141,6 +144,7 @@ def test_a_signal_to_one_process_stops_all_and_the_run_goes_on_bitwise(
   assert 'past an old mill' in sample['masked']
 
 
+@pytest.mark.slow
 def test_signals_and_death_amid_a_long_run(cache, tmp_path):
   metrics = tmp_path / 'metrics.jsonl'
   command = pretrain(
@@ -175,6 +179,7 @@ def test_signals_and_death_amid_a_long_run(cache, tmp_path):
   assert ended.status not in (0, 2), ended
 
 
+@pytest.mark.slow
 def test_evaluate_in_two_processes(runs, tmp_path):
   workdir = tmp_path / 'run'
   shutil.copytree(runs[1], workdir)
