@@ -10,6 +10,7 @@ import pytest
 from st_moe import partitioning
 from st_moe.config import MeshConfig, RouterConfig
 from st_moe.moe import MoeLayer
+from st_moe.plan.devices import TPU_ENVIRONMENT
 from st_moe.routing import expert_capacity
 
 # ST-MoE-L's experts; two groups of 2048 tokens on every chip.
@@ -26,8 +27,8 @@ def compiled():
   from jax.experimental import topologies
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setenv('TPU_SKIP_MDS_QUERY', '1')
-    patch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+    for name, value in TPU_ENVIRONMENT.items():
+      patch.setenv(name, value)
     topology = topologies.get_topology_desc(
       platform='tpu', topology_name='v5p:4x4x4'
     )

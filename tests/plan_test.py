@@ -301,7 +301,10 @@ def test_without_compiling_a_pod_takes_seconds(tmp_path):
 
 
 @pytest.fixture
-def error(capsys):
+def error(capsys, monkeypatch):
+  # A plan sets what JAX reads when it loads; other tests start processes.
+  monkeypatch.setattr(os, 'environ', os.environ.copy())
+
   def run(*argv):
     assert main(['plan', f'--gin_file={FILES[0]}', *argv]) == 2
     out, err = capsys.readouterr()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 
@@ -176,7 +175,3 @@ def lint_traffic(traffic: Traffic) -> list[Finding]:
 def _scope(op_name: str) -> str:
   """Returns the last modules of a name scope."""
   return '/'.join(op_name.split('/')[-3:]) or 'no name'
-
-
-def as_json(findings: list[Finding]) -> list[dict[str, Any]]:
-  return [dataclasses.asdict(finding) for finding in findings]

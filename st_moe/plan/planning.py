@@ -124,7 +124,7 @@ class Plan:
         'unknown_loops': traffic.unknown_loops,
         'all': [dataclasses.asdict(c) for c in traffic.collectives],
       },
-      'findings': lint.as_json(list(self.findings)),
+      'findings': [dataclasses.asdict(each) for each in self.findings],
       'compile_seconds': self.compile_seconds,
       'max_rss_bytes': 1024
       * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -212,12 +212,8 @@ def _compile(plan: Plan, program: StepProgram, mesh: Any) -> Plan:
   traffic = read_collectives(compiled.as_text(), layout(mesh))
   return dataclasses.replace(
     plan,
-    peak=max(
-      memory.peak_memory_in_bytes,
-      0
-      if memory.peak_memory_in_bytes
-      else held + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
-    ),
+    peak=memory.peak_memory_in_bytes
+    or held + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
     arguments=memory.argument_size_in_bytes,
     scratch=memory.temp_size_in_bytes,
     traffic=traffic,
