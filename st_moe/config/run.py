@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from st_moe.checks import Checked
+from st_moe.config.evaluation import EvaluationConfig
 from st_moe.config.model import ModelConfig
 
 
@@ -12,6 +13,10 @@ class OptimizerConfig(Checked):
   """Adafactor as the paper used it, or AdamW, and a schedule."""
 
   name: Literal['adafactor', 'adamw'] = 'adafactor'
+  # Which parameters are trained: 'all', 'non_moe', 'moe', 'attention', 'ffn'
+  # (Figure 5), or regular expressions of their names. The others stay as they
+  # are and have no optimizer state.
+  trainable: tuple[str, ...] | str = 'all'
   # 'rsqrt': learning_rate / sqrt(max(step, warmup_steps)), T5's; flat, then
   # decaying. 'constant'. 'linear' and 'cosine': a linear ramp over
   # warmup_steps, then down to end_learning_rate at the last step.
@@ -92,6 +97,14 @@ class DataConfig(Checked):
   # Folders in which `seqio_cache_tasks` left the caches of registered tasks;
   # where given, these are read in the place of the tasks' sources.
   seqio_cache_dirs: tuple[str, ...] | str = ()
+  # Tasks with answers ('superglue.cb'): a folder with the files that their
+  # authors publish; None: prepared tfds datasets.
+  task_dir: str | None = None
+  # A mixture of them takes each in proportion to its examples, counted up to
+  # this many (paper, section 6.1); None: all of them (T5).
+  max_examples_per_task: int | None = 65536
+  # `<extra_id_0>` behind inputs and before targets (section 4.7).
+  insert_sentinels: bool = False
   train_split: str = 'train'
   eval_split: str = 'validation'
 
@@ -117,7 +130,7 @@ class DataConfig(Checked):
   def check(self) -> None:
     self.require_positive(
       'inputs_length targets_length mean_noise_span_length max_line_bytes '
-      'auto_vocabulary_size'
+      'auto_vocabulary_size max_examples_per_task'
     )
     self.require_nonnegative('extra_ids')
     self.require(
@@ -172,6 +185,7 @@ class RunConfig(Checked):
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
 
   steps: int = 1000
   batch_size: int = 128  # sequences, over all devices
@@ -192,7 +206,13 @@ class RunConfig(Checked):
   eval_batches: int = 20
   checkpoint_every: int = 1000
   keep_last: int = 2
-  keep_best: int = 1  # by held-out loss
+  keep_best: int = 1  # by `best_metric`
+  # What the best checkpoint has: the lowest 'eval/loss', the highest of any
+  # other, as metrics.jsonl names them; None: 'eval/score', the mean over tasks
+  # with answers, or 'eval/loss' where there are none.
+  best_metric: str | None = None
+  # The run ends after this many evaluations without a better one.
+  early_stopping: int | None = None
   # A step whose loss or gradients are not finite changes nothing; after this
   # many in a row the run stops itself (exit status 3).
   max_nonfinite_steps: int = 10
@@ -205,7 +225,8 @@ class RunConfig(Checked):
   def check(self) -> None:
     self.require_positive(
       'steps batch_size microbatches log_every eval_every eval_batches '
-      'checkpoint_every keep_last max_nonfinite_steps unigram_batches'
+      'checkpoint_every keep_last max_nonfinite_steps unigram_batches '
+      'early_stopping'
     )
     self.require_nonnegative('seed keep_best num_samples initial_step')
     self.require(
