@@ -44,7 +44,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class TfdsPlace:
-  """Where tfds has a task: `name` 'super_glue/cb', its split for each of ours."""
+  """Where tfds has a task: 'super_glue/cb', and its split for each of ours."""
 
   name: str
   splits: Mapping[str, str]
