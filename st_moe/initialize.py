@@ -134,8 +134,13 @@ def initial_state(
     abstract = _in_stored_form(config, program, scanned, mesh)
     trees_wanted = {'params': abstract.params}
     if carried:
-      _check_optimizer(stored, abstract.opt_state, source.path)
-      trees_wanted['opt_state'] = abstract.opt_state
+      opt_state = abstract.opt_state
+      if _optimizer_difference(stored, opt_state):
+        # Weights that were trained as a whole have more: it is left out below.
+        whole = _training_all(config)
+        opt_state = _in_stored_form(whole, None, scanned, mesh).opt_state
+      _check_optimizer(stored, opt_state, source.path)
+      trees_wanted['opt_state'] = opt_state
     return trees_wanted
 
   restored = restore_items(
@@ -169,16 +174,35 @@ def initial_state(
   return InitialState(state, record)
 
 
+def _training_all(config: RunConfig) -> RunConfig:
+  optimizer = dataclasses.replace(config.optimizer, trainable='all')
+  return dataclasses.replace(config, optimizer=optimizer)
+
+
 def _in_stored_form(
-  config: RunConfig, program: StepProgram, scanned: bool, mesh: Mesh
+  config: RunConfig, program: StepProgram | None, scanned: bool, mesh: Mesh
 ) -> TrainState:
-  """Returns the state's shapes, scanned or written out as they are stored."""
-  if scanned == config.model.scan_layers:
+  """Returns the state's shapes, scanned or written out as they are stored.
+
+  Args:
+    config: the run.
+    program: its step, if it is there: it has the shapes already.
+    scanned: whether the stored layers are.
+    mesh: of the run.
+  """
+  if program is not None and scanned == config.model.scan_layers:
     return program.abstract
   model = dataclasses.replace(config.model, scan_layers=scanned)
   stored = dataclasses.replace(config, model=model)
   shapes = abstract_state(stored, EncoderDecoder(model))
   return shapes.with_shardings(state_shardings(shapes, mesh, config.mesh))
+
+
+def _optimizer_difference(
+  stored: dict[str, dict[str, Any]], abstract: Any
+) -> str:
+  have = {'opt_state': trees.nested(stored.get('opt_state') or {})}
+  return trees.difference(have, {'opt_state': abstract})
 
 
 def _check_optimizer(
@@ -187,8 +211,7 @@ def _check_optimizer(
   way_out = "set RunConfig.initial_optimizer = 'fresh' to begin without it"
   if not stored.get('opt_state'):
     raise UserError(f'{path} holds no state of an optimizer; {way_out}')
-  have = {'opt_state': trees.nested(stored['opt_state'])}
-  difference = trees.difference(have, {'opt_state': abstract})
+  difference = _optimizer_difference(stored, abstract)
   if difference:
     raise UserError(
       f'the state of the optimizer in {path} is of another form than this '
@@ -210,10 +233,12 @@ def _assemble(
       params = convert(params, model)
       if opt_state is not None:
         named = trees.nested(trees.by_name(opt_state))
-        named = trees.by_name(_convert_stacks(named, model, convert))
-        opt_state = trees.like(program.shapes.shapes.opt_state, named)
+        opt_state = _convert_stacks(named, model, convert)
     if opt_state is None:
       opt_state = program.optimizer.init(params)
+    else:  # of the trained parameters alone
+      named = trees.by_name(opt_state)
+      opt_state = trees.like(program.shapes.shapes.opt_state, named)
     zero = jnp.zeros([], jnp.int32)
     return TrainState(zero + step, params, opt_state, zero, zero)
 

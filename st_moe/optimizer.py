@@ -18,6 +18,7 @@ import optax
 from flax import struct
 
 from st_moe.config import OptimizerConfig
+from st_moe.trainable import select, trainable_mask
 
 ADAMW_BETA1 = 0.9  # Loshchilov and Hutter, arXiv 1711.05101; beta1 = None
 
@@ -240,14 +241,27 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """Returns the optimizer, its schedule inside.
 
+  Its `init` takes all parameters; the state is that of the trained ones.
+  `update` takes gradients of these, and them, as `select` leaves them.
+
   Args:
     config: the settings.
     axes: tree of tuples of logical axis names, one per parameter.
     total_steps: of the run; 'linear' and 'cosine' end there.
 
   Raises:
-    UserError: when the schedule cannot be made.
+    UserError: when the schedule cannot be made, or nothing is trained.
   """
+  mask = trainable_mask(axes, config.trainable)
+  inner = _make_optimizer(config, select(axes, mask), total_steps)
+  return optax.GradientTransformation(
+    lambda params: inner.init(select(params, mask)), inner.update
+  )
+
+
+def _make_optimizer(
+  config: OptimizerConfig, axes: Any, total_steps: int
+) -> optax.GradientTransformation:
   schedule = learning_rate_schedule(config, total_steps)
   clip = optax.identity()
   if config.max_grad_norm is not None:

@@ -34,6 +34,7 @@ from st_moe.train_state import (
   AbstractState,
   TrainState,
   parameter_counts,
+  trained_parameters,
 )
 from st_moe.train_step import step_program
 from st_moe.workdir import (
@@ -105,6 +106,13 @@ def describe_run(
     f'{counts["total"]:,}',
     f'{counts["expert"]:,}',
   )
+  if config.optimizer.trainable != 'all':
+    description['trained_parameters'] = trained_parameters(shapes, config)
+    log.info(
+      'trained: %s of them (OptimizerConfig.trainable %r)',
+      f'{description["trained_parameters"]:,}',
+      config.optimizer.trainable,
+    )
   job = ''
   if jax.process_count() > 1:
     job = f': {jax.process_count()} processes, {mesh.devices.size} devices'

@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from st_moe import partitioning
 from st_moe.config import MeshConfig, RunConfig
 from st_moe.optimizer import make_optimizer, opt_state_axes
+from st_moe.trainable import select, trainable_mask
 
 
 @struct.dataclass
@@ -89,12 +90,15 @@ def abstract_state(config: RunConfig, model: nn.Module) -> AbstractState:
   axes = partitioning.logical_axes(boxed)
   optimizer = make_optimizer(config.optimizer, axes, config.steps)
   opt_state = jax.eval_shape(optimizer.init, params)
+  mask = trainable_mask(axes, config.optimizer.trainable)
   return AbstractState(
     shapes=jax.eval_shape(_assemble, params, opt_state),
     logical_axes=TrainState(
       step=(),
       params=axes,
-      opt_state=opt_state_axes(opt_state, params, axes),
+      opt_state=opt_state_axes(
+        opt_state, select(params, mask), select(axes, mask)
+      ),
       nonfinite_steps=(),
       skipped_steps=(),
     ),
@@ -139,6 +143,13 @@ def create_state(
     return _assemble(params, optimizer.init(params))
 
   return jax.jit(init, out_shardings=shardings)(rng)
+
+
+def trained_parameters(abstract: AbstractState, config: RunConfig) -> int:
+  """Returns how many parameters the optimizer changes."""
+  mask = trainable_mask(abstract.axes, config.optimizer.trainable)
+  trained = select(abstract.shapes.params, mask)
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
 
 
 def parameter_counts(abstract: AbstractState) -> dict[str, int]:

@@ -23,6 +23,7 @@ from st_moe.train_state import (
   create_state,
   state_shardings,
 )
+from st_moe.trainable import merge, select, trainable_mask
 from st_moe.transformer import EncoderDecoder, apply_model
 
 # Streams folded into the seed, so that initialization and the steps (dropout,
@@ -58,7 +59,11 @@ def batch_totals(
 
 
 def loss_and_gradients(
-  config: RunConfig, params: Any, batch: dict[str, jax.Array], rng: jax.Array
+  config: RunConfig,
+  params: Any,
+  batch: dict[str, jax.Array],
+  rng: jax.Array,
+  mask: Any = None,
 ) -> tuple[Any, dict[str, Any]]:
   """Returns gradients and metrics of the whole batch.
 
@@ -71,20 +76,29 @@ def loss_and_gradients(
     params: parameters.
     batch: seqio features [batch, length].
     rng: key for dropout and routing of this step.
+    mask: from `trainable_mask`: what is differentiated; None: everything.
 
   Returns:
-    Gradients (float32, like params) and a dict of metrics: 'loss' and its
-    terms as scalars, and 'router' with one RouterStats per stack.
+    Gradients (float32, like params, None where frozen) and a dict of metrics:
+    'loss' and its terms as scalars, and 'router' with one RouterStats per
+    stack.
   """
   totals = batch_totals(batch, config.microbatches)
+  trained = select(params, mask)
 
-  def objective(params, part, index):
+  def objective(trained, part, index):
     key = jax.random.fold_in(rng, index)
     rngs = {
       'dropout': jax.random.fold_in(key, 0),
       'router': jax.random.fold_in(key, 1),
     }
-    output = apply_model(config.model, params, part, train=True, rngs=rngs)
+    output = apply_model(
+      config.model,
+      merge(trained, params, mask),
+      part,
+      train=True,
+      rngs=rngs,
+    )
     result = losses.objective(
       output,
       part['decoder_target_tokens'],
@@ -97,7 +111,7 @@ def loss_and_gradients(
 
   grad_fn = jax.grad(objective, has_aux=True)
   if config.microbatches == 1:
-    gradients, (terms, router) = grad_fn(params, batch, 0)
+    gradients, (terms, router) = grad_fn(trained, batch, 0)
     return gradients, {**terms, 'router': router}
 
   parts = {
@@ -107,14 +121,14 @@ def loss_and_gradients(
 
   def add(total, xs):
     index, part = xs
-    gradients, (terms, router) = grad_fn(params, part, index)
+    gradients, (terms, router) = grad_fn(trained, part, index)
     total = jax.tree.map(jnp.add, total, (gradients, terms))
     return total, router
 
   shapes = jax.eval_shape(
-    lambda p: grad_fn(params, p, 0), jax.tree.map(lambda x: x[0], parts)
+    lambda p: grad_fn(trained, p, 0), jax.tree.map(lambda x: x[0], parts)
   )
-  zeros = jax.tree.map(jnp.zeros_like, params)
+  zeros = jax.tree.map(jnp.zeros_like, trained)
   zero_terms = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[1][0])
   (gradients, terms), router = jax.lax.scan(
     add,
@@ -128,22 +142,25 @@ def make_train_step(
   config: RunConfig,
   optimizer: optax.GradientTransformation,
   schedule: Callable[[jax.Array], jax.Array],
+  mask: Any = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Any]]:
   """Returns the training step `(state, batch) -> (state, metrics)`.
 
   A step whose loss or gradient norm is not finite leaves parameters and
-  optimizer state as they were, and is counted.
+  optimizer state as they were, and is counted. Parameters that `mask` (from
+  `trainable_mask`; None: none) leaves out are handed on untouched.
   """
 
   def train_step(state: TrainState, batch: dict[str, jax.Array]):
     rng = step_key(config.seed, state.step)
-    gradients, result = loss_and_gradients(config, state.params, batch, rng)
+    gradients, result = loss_and_gradients(
+      config, state.params, batch, rng, mask
+    )
+    trained = select(state.params, mask)
     with jax.named_scope('optimizer'):
       gradient_norm = optax.tree.norm(gradients)
-      updates, opt_state = optimizer.update(
-        gradients, state.opt_state, state.params
-      )
-      params = optax.apply_updates(state.params, updates)
+      updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+      params = optax.apply_updates(trained, updates)
     finite = jnp.isfinite(result['loss']) & jnp.isfinite(gradient_norm)
 
     def keep_finite(new, old):
@@ -152,7 +169,7 @@ def make_train_step(
     skipped = 1 - finite.astype(jnp.int32)
     new_state = state.replace(
       step=state.step + 1,
-      params=keep_finite(params, state.params),
+      params=merge(keep_finite(params, trained), state.params, mask),
       opt_state=keep_finite(opt_state, state.opt_state),
       nonfinite_steps=(state.nonfinite_steps + 1) * skipped,
       skipped_steps=state.skipped_steps + skipped,
@@ -234,7 +251,12 @@ def step_program(config: RunConfig, mesh: Mesh) -> StepProgram:
   optimizer = make_optimizer(config.optimizer, shapes.axes, config.steps)
   schedule = learning_rate_schedule(config.optimizer, config.steps)
   step = jax.jit(
-    make_train_step(config, optimizer, schedule),
+    make_train_step(
+      config,
+      optimizer,
+      schedule,
+      trainable_mask(shapes.axes, config.optimizer.trainable),
+    ),
     donate_argnums=0,
     # Every process reads all metrics.
     out_shardings=(shardings, partitioning.replicated(mesh)),

@@ -37,6 +37,7 @@ FLOORS = {
   'incremental': 3,
   'decoding': 3,
   'trees': 4,
+  'trainable': 4,
   'optimizer': 4,
   'train_state': 4,
   'integrity': 4,
