@@ -101,7 +101,10 @@ class TestNames:
       ('c4-json', 'did you mean c4_json'),
       ('cach', 'did you mean cache'),
       ('sums_of_the_usr', 'did you mean sums_of_the_user'),
-      ('xyzzy', 'built in are c4, c4_json, docstrings, mc4, text and cache'),
+      (
+        'xyzzy',
+        'built in are c4, c4_json, docstrings, mc4, text, cache, ',
+      ),
     ],
   )
   def test_an_unknown_task_is_refused_with_the_nearest(

@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, Literal
 
 from st_moe.checks import Checked
-from st_moe.config.evaluation import EvaluationConfig
 from st_moe.config.model import ModelConfig
 
 
@@ -97,14 +96,12 @@ class DataConfig(Checked):
   # Folders in which `seqio_cache_tasks` left the caches of registered tasks;
   # where given, these are read in the place of the tasks' sources.
   seqio_cache_dirs: tuple[str, ...] | str = ()
-  # Tasks with answers ('superglue.cb'): a folder with the files that their
-  # authors publish; None: prepared tfds datasets.
+  # Tasks with answers ('superglue.cb'): the folder with the files that their
+  # authors publish.
   task_dir: str | None = None
   # A mixture of them takes each in proportion to its examples, counted up to
   # this many (paper, section 6.1); None: all of them (T5).
   max_examples_per_task: int | None = 65536
-  # `<extra_id_0>` behind inputs and before targets (section 4.7).
-  insert_sentinels: bool = False
   train_split: str = 'train'
   eval_split: str = 'validation'
 
@@ -185,7 +182,6 @@ class RunConfig(Checked):
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
-  evaluation: EvaluationConfig = EvaluationConfig()
 
   steps: int = 1000
   batch_size: int = 128  # sequences, over all devices
@@ -206,13 +202,7 @@ class RunConfig(Checked):
   eval_batches: int = 20
   checkpoint_every: int = 1000
   keep_last: int = 2
-  keep_best: int = 1  # by `best_metric`
-  # What the best checkpoint has: the lowest 'eval/loss', the highest of any
-  # other, as metrics.jsonl names them; None: 'eval/score', the mean over tasks
-  # with answers, or 'eval/loss' where there are none.
-  best_metric: str | None = None
-  # The run ends after this many evaluations without a better one.
-  early_stopping: int | None = None
+  keep_best: int = 1  # by held-out loss
   # A step whose loss or gradients are not finite changes nothing; after this
   # many in a row the run stops itself (exit status 3).
   max_nonfinite_steps: int = 10
@@ -225,8 +215,7 @@ class RunConfig(Checked):
   def check(self) -> None:
     self.require_positive(
       'steps batch_size microbatches log_every eval_every eval_batches '
-      'checkpoint_every keep_last max_nonfinite_steps unigram_batches '
-      'early_stopping'
+      'checkpoint_every keep_last max_nonfinite_steps unigram_batches'
     )
     self.require_nonnegative('seed keep_best num_samples initial_step')
     self.require(

@@ -1,9 +1,10 @@
-"""Mixtures of pretraining tasks: `TASK = 'docstrings:1,text:3'`.
+"""Mixtures of tasks: `TASK = 'docstrings:1,text:3'`, `TASK = 'superglue'`.
 
 Rates are relative numbers of examples, as seqio's. mC4 is a mixture of its
 languages, sampled with the exponent of mT5 (Xue et al. 2021, section 3.1):
-p(language) is proportional to |language| ** 0.3. A mixture of your own can
-also be registered with seqio and named as the task.
+p(language) is proportional to |language| ** 0.3. Tasks with answers are drawn
+in proportion to their examples, counted up to 65,536 (ST-MoE, section 6.1). A
+mixture of your own can also be registered with seqio and named as the task.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ import seqio
 import tensorflow_datasets as tfds
 
 from st_moe.config import DataConfig
+from st_moe.data.downstream import catalog
 from st_moe.data.sources import SUFFIXES
 from st_moe.data.tasks import check_name, tfds_version
 from st_moe.errors import UserError
@@ -37,7 +39,11 @@ def parse(config: DataConfig) -> tuple[Part, ...]:
     UserError: an unknown task, a broken rate, a task named twice, two tasks
       that read `files`, or `files` that no task reads.
   """
-  parts = tuple(_parse_part(text.strip()) for text in config.task.split(','))
+  parts = tuple(
+    part
+    for text in config.task.split(',')
+    for part in _parse_part(text.strip(), config)
+  )
   names = [part.name for part in parts]
   for name in names:
     check_name(name)
@@ -57,7 +63,7 @@ def parse(config: DataConfig) -> tuple[Part, ...]:
   return _with_languages(parts, config)
 
 
-def _parse_part(text: str) -> Part:
+def _parse_part(text: str, config: DataConfig) -> list[Part]:
   name, colon, rate = text.partition(':')
   try:
     value = float(rate) if colon else 1.0
@@ -68,7 +74,19 @@ def _parse_part(text: str) -> Part:
       f"{text!r} is no part of a mixture: write 'task' or 'task:rate', the "
       "rate above 0, for example 'docstrings:1,text:3'"
     )
-  return Part(name.strip(), value)
+  name = name.strip()
+  if not catalog.is_answer_task(name):
+    return [Part(name, value)]
+  sizes = {task: _size(task, config) for task in catalog.expand(name)}
+  scale = value / sum(sizes.values()) if colon else 1.0
+  return [Part(task, size * scale) for task, size in sizes.items()]
+
+
+def _size(task: str, config: DataConfig) -> int:
+  """Returns how many training examples a task counts for."""
+  count = len(catalog.load_examples(task, config.train_split, config))
+  most = config.max_examples_per_task
+  return count if most is None else min(count, most)
 
 
 def _with_languages(

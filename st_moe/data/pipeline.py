@@ -18,6 +18,7 @@ import numpy as np
 
 from st_moe.config import DataConfig
 from st_moe.data import sources
+from st_moe.data.downstream import catalog
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
 
@@ -166,9 +167,14 @@ def _check_paths(config: DataConfig) -> None:
   """Finds wrong names and missing files before TensorFlow is loaded."""
   for part in config.task.split(','):
     name = part.partition(':')[0].strip()
+    if catalog.is_answer_task(name):
+      for task in catalog.expand(name):
+        for split in (config.train_split, config.eval_split):
+          catalog.load_examples(task, split, config)
+      continue
     # Nothing can be registered with what is not even loaded.
     if not sources.is_built_in(name) and 'seqio' not in sys.modules:
-      raise sources.unknown_task(name)
+      raise sources.unknown_task(name, catalog.names())
     if name in sources.SUFFIXES:
       sources.text_files(name, config)
   if config.vocabulary != 'auto':

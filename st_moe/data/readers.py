@@ -1,8 +1,8 @@
-"""seqio data sources over local documents.
+"""seqio data sources over local documents, and over examples of tasks.
 
-Both read in Python, inside `tf.numpy_function`, from functions of their
-arguments alone: so TensorFlow may save and restore the iterators, and their
-state is a few numbers instead of buffers of text.
+Documents are read in Python, inside `tf.numpy_function`, from functions of
+their arguments alone: so TensorFlow may save and restore the iterators, and
+their state is a few numbers instead of buffers of text.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +13,7 @@ import seqio
 import tensorflow as tf
 
 from st_moe.data.c4_json import JsonChunks, JsonPart
+from st_moe.data.downstream.example import Example
 from st_moe.errors import UserError
 
 _DOCUMENTS_AT_ONCE = 16  # fetched by one call from TensorFlow into Python
@@ -90,6 +91,50 @@ class RandomAccessSource(seqio.DataSource):
       num_parallel_calls=tf.data.AUTOTUNE,
     )
     return texts.unbatch().map(lambda text: {'text': text})
+
+
+class ExampleSource(seqio.DataSource):
+  """Examples of a task with answers, in memory: a perfect shuffle too."""
+
+  def __init__(self, examples: Mapping[str, Sequence[Example]]):
+    """Builds it from the examples of each split."""
+    super().__init__(splits=examples)
+    self._examples = examples
+
+  @property
+  def supports_arbitrary_sharding(self) -> bool:
+    return True
+
+  def list_shards(self, split: str) -> Sequence[str]:
+    return [split]
+
+  def num_input_examples(self, split: str) -> int:
+    return len(self._examples[split])
+
+  def get_dataset(
+    self,
+    split: str = 'train',
+    shuffle: bool = True,
+    seed: int | None = None,
+    shard_info: seqio.ShardInfo | None = None,
+    **unused: Any,
+  ) -> tf.data.Dataset:
+    """Returns one epoch in order, or all epochs shuffled."""
+    examples = self._examples[split]
+    columns = {
+      'inputs': tf.constant([example.inputs for example in examples]),
+      'targets': tf.constant([example.targets for example in examples]),
+    }
+    numbers = tf.data.Dataset.range(len(examples))
+    if shuffle:
+      numbers = _endless(len(examples), seed)
+    if shard_info:
+      numbers = numbers.shard(shard_info.num_shards, shard_info.index)
+    return numbers.map(
+      lambda number: {
+        name: tf.gather(texts, number) for name, texts in columns.items()
+      }
+    )
 
 
 def _endless(count: int, seed: int | None) -> tf.data.Dataset:

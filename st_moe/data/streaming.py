@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import tensorflow as tf
 
 from st_moe.config import DataConfig
 from st_moe.data.corpus import short_sentences
+from st_moe.data.downstream.catalog import is_answer_task
+from st_moe.data.downstream.example import Example
 from st_moe.data.files import default_cache_root
 from st_moe.data.iterators import (
   Batch,
@@ -39,6 +42,8 @@ from st_moe.data.vocabularies import (
   train_vocabulary,
 )
 from st_moe.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # Held-out batches do not depend on the run's seed: runs are comparable.
 _EVAL_SEED = 0
@@ -68,6 +73,9 @@ def open_stream(
     else registered(part.name)
     for part in parts
   ]
+  for name, corpus in corpora.items():
+    if corpus.examples is not None:
+      _tell_cuts(name, corpus.examples(config.train_split), config, vocabulary)
   provider = make_mixture(config.task, parts, providers)
   cached = {}
   if config.seqio_cache_dirs:
@@ -85,6 +93,34 @@ def open_stream(
   return data
 
 
+def _tell_cuts(
+  name: str,
+  examples: Sequence[Example],
+  config: DataConfig,
+  vocabulary: Vocabulary,
+) -> None:
+  """Logs how many training examples are longer than a row."""
+  for feature, limit in (
+    ('inputs', config.inputs_length),
+    ('targets', config.targets_length),
+  ):
+    texts = {getattr(example, feature) for example in examples}
+    ids = zip(texts, vocabulary.encode_batch(list(texts)), strict=True)
+    long = {text for text, tokens in ids if len(tokens) >= limit}  # and the end
+    count = sum(getattr(example, feature) in long for example in examples)
+    if count:
+      log.warning(
+        '%s: %s of %s %s to train on have more than the %d tokens of '
+        'DataConfig.%s_length, and are cut',
+        name,
+        f'{count:,}',
+        f'{len(examples):,}',
+        feature,
+        limit,
+        feature,
+      )
+
+
 def _check_objective(config: DataConfig, parts: Sequence[Part]) -> None:
   """Refuses an objective that the task cannot have, and short lengths."""
   for part in parts:
@@ -99,11 +135,15 @@ def _check_objective(config: DataConfig, parts: Sequence[Part]) -> None:
         f'task {part.name!r} is registered with seqio and makes its own '
         "features; set DataConfig.objective = 'none'"
       )
+    if is_answer_task(part.name):
+      continue
     if not own and config.objective == 'none':
       raise UserError(
         f"DataConfig.objective = 'none' is for tasks registered with seqio; "
         f"{part.name!r} is plain text, use 'span_corruption' or 'prefix_lm'"
       )
+  if all(is_answer_task(part.name) for part in parts):
+    return
   check_lengths(
     config.objective,
     inputs_length=config.inputs_length,
@@ -288,6 +328,7 @@ class StreamingData:
       _in_turn(
         _spread(corpus.documents(self._config.eval_split))
         for corpus in self._corpora.values()
+        if corpus.examples is None
       ),
       _SENTENCE_DOCUMENTS,
     )

@@ -1,10 +1,11 @@
 """Pretraining tasks: where the documents come from, and their seqio task.
 
 The built-in tasks are 'docstrings' (the offline corpus), 'text' and 'c4_json'
-(local files), 'c4' and 'mc4.LANGUAGE' (tfds); any task or mixture that is
-registered with seqio goes by its own name. A built-in task is T5's pipeline
-(c4_v220_span_corruption): documents, tokens, an objective of
-preprocessors.py, end of sequence.
+(local files), 'c4' and 'mc4.LANGUAGE' (tfds): T5's pipeline
+(c4_v220_span_corruption), which is documents, tokens, an objective of
+preprocessors.py, end of sequence. Tasks with answers (downstream/) make their
+own inputs and targets. Any task or mixture that is registered with seqio goes
+by its own name.
 """
 
 import dataclasses
@@ -22,8 +23,15 @@ from st_moe.config import DataConfig
 from st_moe.data import preprocessors, sources
 from st_moe.data.c4_json import JsonDocuments
 from st_moe.data.corpus import docstring_documents
+from st_moe.data.downstream import catalog
+from st_moe.data.downstream.example import Example
+from st_moe.data.files import file_sha256
 from st_moe.data.pieces import Pieces
-from st_moe.data.readers import JsonSource, RandomAccessSource
+from st_moe.data.readers import (
+  ExampleSource,
+  JsonSource,
+  RandomAccessSource,
+)
 from st_moe.data.vocabularies import Vocabulary
 from st_moe.errors import UserError
 
@@ -40,16 +48,19 @@ class Corpus:
   Attributes:
     source: the same documents for seqio, as examples with a 'text'. Its
       splits are the configuration's `train_split` and `eval_split`.
-    documents: gives the texts of a split, each time the same in one order.
+    documents: gives the texts of a split, each time the same in one order; of
+      a task with answers its inputs.
     fingerprint: plain values that name the content.
     errors: what went wrong while tf.data was reading; TensorFlow itself
       reports only that something did.
+    examples: gives those of a split of a task with answers; None: plain text.
   """
 
   source: seqio.DataSource
   documents: Callable[[str], Iterable[str]]
   fingerprint: dict[str, Any]
   errors: list[UserError] = dataclasses.field(default_factory=list)
+  examples: Callable[[str], list[Example]] | None = None
 
 
 def registered(name: str) -> seqio.Task | seqio.Mixture | None:
@@ -66,7 +77,7 @@ def check_name(name: str) -> None:
   Raises:
     UserError: with the nearest name.
   """
-  built_in = sources.is_built_in(name)
+  built_in = sources.is_built_in(name) or catalog.is_answer_task(name)
   if built_in and registered(name) is not None:
     raise UserError(
       f'task {name!r} is built in and registered with seqio: register yours '
@@ -74,7 +85,7 @@ def check_name(name: str) -> None:
     )
   if not built_in and registered(name) is None:
     own = [*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()]
-    raise sources.unknown_task(name, own)
+    raise sources.unknown_task(name, [*catalog.names(), *own])
 
 
 def open_corpus(
@@ -91,6 +102,8 @@ def open_corpus(
     UserError: missing, empty or broken data; settings that do not go together.
   """
   sources.check_splits(config)
+  if catalog.is_answer_task(name):
+    return _answers(name, config)
   if name == 'docstrings':
     return _docstrings(config, cache_root)
   if name == 'text':
@@ -119,6 +132,21 @@ def make_task(
     config: the objective, already checked.
     vocabulary: of inputs and targets.
   """
+  feature = seqio.Feature(vocabulary.as_seqio(), add_eos=True)
+  features = {'inputs': feature, 'targets': feature}
+  if corpus.examples is not None:
+    return seqio.Task(
+      name,
+      source=corpus.source,
+      preprocessors=[
+        functools.partial(
+          seqio.preprocessors.tokenize, copy_pretokenized=False
+        ),
+        seqio.CacheDatasetPlaceholder(),
+        seqio.preprocessors.append_eos_after_trim,
+      ],
+      output_features=features,
+    )
   objective = preprocessors.prefix_lm
   if config.objective == 'span_corruption':
     objective = functools.partial(
@@ -126,7 +154,6 @@ def make_task(
       noise_density=config.noise_density,
       mean_noise_span_length=config.mean_noise_span_length,
     )
-  feature = seqio.Feature(vocabulary.as_seqio(), add_eos=True)
   return seqio.Task(
     name.replace('-', '_'),  # mc4.bg-Latn is no name for seqio
     source=corpus.source,
@@ -138,7 +165,27 @@ def make_task(
       objective,
       seqio.preprocessors.append_eos_after_trim,
     ],
-    output_features={'inputs': feature, 'targets': feature},
+    output_features=features,
+  )
+
+
+def _answers(name: str, config: DataConfig) -> Corpus:
+  def examples(split: str) -> list[Example]:
+    return catalog.load_examples(name, split, config)
+
+  splits = (config.train_split, config.eval_split)
+  counts = {split: len(examples(split)) for split in splits}
+  log.info(
+    '%s: %s examples to train on, %s held out',
+    name,
+    *(f'{count:,}' for count in counts.values()),
+  )
+  hashes = {s: file_sha256(catalog.file_of(name, s, config)) for s in splits}
+  return Corpus(
+    source=ExampleSource({split: examples(split) for split in splits}),
+    documents=lambda split: [example.inputs for example in examples(split)],
+    fingerprint={'sha256': hashes, 'examples': counts},
+    examples=examples,
   )
 
 

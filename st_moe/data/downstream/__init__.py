@@ -1,7 +1,5 @@
-"""Tasks with answers: SuperGLUE and the paper's other fine-tuning tasks.
+"""Tasks with answers: SuperGLUE as text to text (paper, sections 4 and 6).
 
-What the paper fine-tunes on (sections 4 and 6), as text to text: reading what
-the tasks' authors publish, T5's formats, and the way back from text to an
-answer, its metrics, and submission files. Needs TensorFlow only to read tfds
-datasets and to feed training.
+Reads the files that the tasks' authors publish and makes T5's texts of them.
+Needs no TensorFlow.
 """

@@ -1,0 +1,124 @@
+"""Tasks with answers by name, and reading their examples from files.
+
+`DataConfig.task_dir` is the folder in which the published archives were
+unpacked: the files of CB are `CB/train.jsonl` and `CB/val.jsonl` there, or in
+the folder `superglue` within it.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from st_moe.config import DataConfig
+from st_moe.data.downstream import superglue
+from st_moe.data.downstream.example import AnswerTask, Example
+from st_moe.data.sources import reading
+from st_moe.errors import UserError
+
+_TASKS = {task.name: task for task in superglue.TASKS}
+# Mixtures, each of its tasks in proportion to its examples.
+_MIXTURES = {'superglue': tuple(task.name for task in superglue.TASKS)}
+_FILES = {
+  'train': ('train.jsonl',),
+  'validation': ('val.jsonl', 'dev.jsonl', 'validation.jsonl'),
+  'test': ('test.jsonl',),
+}
+
+
+def names() -> list[str]:
+  """Returns the names of all tasks and mixtures."""
+  return [*_MIXTURES, *_TASKS]
+
+
+def is_answer_task(name: str) -> bool:
+  """Whether it is a task with answers, or a mixture of them."""
+  return name in _TASKS or name in _MIXTURES
+
+
+def expand(name: str) -> tuple[str, ...]:
+  """Returns the tasks of a mixture; a task is itself."""
+  return _MIXTURES.get(name, (name,))
+
+
+def _find_file(task: AnswerTask, split: str, config: DataConfig) -> Path:
+  if config.task_dir is None:
+    raise UserError(
+      f'task {task.name!r} needs DataConfig.task_dir, the folder with '
+      f'{task.folder}/{_FILES["train"][0]}'
+    )
+  if split not in _FILES:
+    raise UserError(
+      f'task {task.name!r} has no split {split!r} (it has {", ".join(_FILES)})'
+    )
+  root = Path(config.task_dir).expanduser()
+  if not root.is_dir():
+    raise UserError(f'DataConfig.task_dir: there is no folder {root}')
+  benchmark = task.name.partition('.')[0]
+  for folder in (root, root / benchmark):
+    for file in _FILES[split]:
+      path = folder / task.folder / file
+      if path.is_file():
+        return path
+  raise UserError(
+    f'task {task.name!r}: there is no {task.folder}/{_FILES[split][0]} in '
+    f'{root}, nor in its folder {benchmark}; unpack the published archive '
+    'there, or set DataConfig.task_dir'
+  )
+
+
+def load_examples(name: str, split: str, config: DataConfig) -> list[Example]:
+  """Returns the examples of a task in the order of its file.
+
+  Args:
+    name: of the task.
+    split: 'train', 'validation' or 'test'; those of 'train' are made for
+      training (a false WSC row gives none, ReCoRD one for each answer) and
+      must have labels.
+    config: says where the files are.
+
+  Raises:
+    UserError: a missing file, a line that is no row of the task, no example.
+  """
+  task = _TASKS[name]
+  path = _find_file(task, split, config).resolve()
+  with reading(path):
+    stat = path.stat()
+  return _read(name, path, split == 'train', (stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=32)
+def _read(name: str, path: Path, train: bool, version: Any) -> list[Example]:
+  """Reads a file; `version` tells a changed file from the one before."""
+  task, examples = _TASKS[name], []
+  shown = f'{path.parent.name}/{path.name}'
+  with reading(path), path.open('rb') as file:
+    for number, line in enumerate(file, 1):
+      if line.strip():
+        where = f'{shown}:{number}'
+        examples += task.examples(_row(line, where), where, train)
+  if not examples:
+    raise UserError(f'{path}: no example of {name}; is the file whole?')
+  return examples
+
+
+def _row(line: bytes, where: str) -> Mapping[str, Any]:
+  try:
+    row = json.loads(line)
+  except (ValueError, UnicodeDecodeError) as error:
+    raise UserError(
+      f'{where}: not JSON ({error}); fix or remove the line'
+    ) from None
+  if not isinstance(row, dict):
+    raise UserError(f'{where}: not a JSON object; one row a line is expected')
+  return row
+
+
+def file_of(name: str, split: str, config: DataConfig) -> Path:
+  """Returns the file that a split is read from.
+
+  Raises:
+    UserError: there is none.
+  """
+  return _find_file(_TASKS[name], split, config)
