@@ -104,6 +104,36 @@ def test_a_pronoun_at_another_place_is_found(tmp_path):
   assert example.inputs == 'wsc: Ann met Sue because *she* , too, called.'
 
 
+def test_what_is_attached_to_a_pronoun_stays(tmp_path):
+  row = ROWS['WSC'] | {
+    'text': 'Ann met Sue. "Good for her," she said.',
+    'target': ROWS['WSC']['target'] | {'span2_text': 'her', 'span2_index': 5},
+  }
+  write(tmp_path, {'WSC': row})
+  (example,) = load_examples('superglue.wsc', 'train', config(tmp_path))
+  assert example.inputs == 'wsc: Ann met Sue. "Good for *her* ," she said.'
+
+
+@pytest.mark.parametrize(
+  ('folder', 'row', 'message'),
+  [
+    ('WSC', ROWS['WSC'] | {'target': ROWS['WSC']['target'] | {
+      'span2_text': 4}}, "WSC/train.jsonl:1: the row has no text 'span2_text'"),
+    ('WSC', ROWS['WSC'] | {'target': ROWS['WSC']['target'] | {
+      'span1_text': 4}}, "WSC/train.jsonl:1: the row has no text 'span1_text'"),
+    ('MultiRC', {'passage': {'text': 4, 'questions': []}, 'idx': 0},
+     'MultiRC/train.jsonl:1: the row has no passage.text'),
+    ('ReCoRD', ROWS['ReCoRD'] | {'qas': [{'query': 'q', 'idx': 0}]},
+     "ReCoRD/train.jsonl:1: the row has no 'answers', which training needs"),
+  ],
+)  # fmt: skip
+def test_a_row_of_another_shape_is_named(tmp_path, folder, row, message):
+  write(tmp_path, {folder: row})
+  with pytest.raises(UserError) as error:
+    load_examples(f'superglue.{folder.lower()}', 'train', config(tmp_path))
+  assert message in str(error.value)
+
+
 @pytest.mark.parametrize(
   ('line', 'message'),
   [

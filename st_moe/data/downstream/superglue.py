@@ -76,7 +76,7 @@ def _multirc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
         examples.append(
           _classified(_join('multirc', inputs), _BOOLS, label, idx=idx)
         )
-  except (KeyError, TypeError):
+  except (AttributeError, KeyError, TypeError):
     raise wrong_row(
       where, 'passage.text, questions[].question and answers[].text'
     ) from None
@@ -101,6 +101,8 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
     for question in row['qas']:
       found = question.get('answers', ())
       answers = tuple(sorted({answer['text'] for answer in found}))
+      if train and not answers:
+        raise wrong_row(where, "'answers', which training needs")
       inputs = _join(
         'record',
         {
@@ -114,7 +116,7 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
         examples.append(
           Example(inputs, target, entities, answers=answers, idx=idx)
         )
-  except (KeyError, TypeError):
+  except (AttributeError, KeyError, TypeError):
     raise wrong_row(
       where, 'passage.text and entities, qas[].query and answers'
     ) from None
@@ -130,8 +132,9 @@ def _wsc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   """
   try:
     words = row['text'].rstrip().split(' ')
-    referent = row['target']['span1_text']
-    pronoun = row['target']['span2_text']
+    referent, pronoun = texts(
+      row['target'], ('span1_text', 'span2_text'), where
+    )
     at = int(row['target']['span2_index'])
   except (AttributeError, KeyError, TypeError, ValueError):
     raise wrong_row(
@@ -144,7 +147,7 @@ def _wsc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   if train and not label:
     return []
   place = min(places, key=lambda i: abs(i - at))
-  rest = '' if place == at else words[place][len(pronoun) :]
+  rest = words[place][len(pronoun) :]
   words[place] = f'*{pronoun}* {rest}'.rstrip()
   inputs = ' '.join(['wsc:', *words])
   return [Example(inputs, referent, label=label, idx=row.get('idx'))]
