@@ -66,7 +66,7 @@ def _resume_command(args: argparse.Namespace) -> str:
     given['--process_id'] = 'I'
   flags += [f'{flag}={value}' for flag, value in given.items()]
   return shlex.join(
-    [*_program(), 'pretrain', f'--workdir={args.workdir}', *flags]
+    [*_program(), args.command, f'--workdir={args.workdir}', *flags]
   )
 
 
@@ -112,7 +112,66 @@ def _pretrain(args: argparse.Namespace) -> None:
       'pretrain needs --gin_file=FILE, for example '
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
-  config = _configure(args, args.gin_file, needs_model=True)
+  _train(args, _configure(args, args.gin_file, needs_model=True))
+
+
+def _finetune(args: argparse.Namespace) -> None:
+  _connect(args, stop_signals=True)
+  resumed = Path(args.workdir) / CONFIG_FILE
+  if args.checkpoint is None and resumed.is_file():
+    files = args.gin_file or [str(resumed)]
+    _train(args, _configure(args, files, needs_model=True))
+    return
+  if args.checkpoint is None:
+    raise UserError(
+      'finetune needs --checkpoint=DIR: a run, or a model that `st_moe '
+      'convert` made'
+    )
+  if not args.gin_file:
+    raise UserError(
+      'finetune needs --gin_file=FILE, for example '
+      '--gin_file=gin_configs/runs/finetune_sparse.gin; see `st_moe config '
+      'list`'
+    )
+  given = _bindings_of_model(Path(args.checkpoint))
+  for name in args.gin_file:
+    given += gin_files.read_file(gin_files.find(name))
+  weights = Binding(
+    'RunConfig.initial_checkpoint', args.checkpoint, '--checkpoint'
+  )
+  flags = [*given, *args.gin_bindings, weights]
+  bindings = read_bindings([], flags, args.seed)
+  args.resolver = Resolver(bindings)
+  _train(args, args.resolver.run_config())
+
+
+def _gin_file(path: Path) -> Path | None:
+  """Returns the gin file of a model directory or of a run, if it is one."""
+  names = (path / MODEL_FILE, path / CONFIG_FILE)
+  return next((name for name in names if name.is_file()), None)
+
+
+def _bindings_of_model(path: Path) -> list[Binding]:
+  """Returns what the gin file beside given weights binds of the model."""
+  found = _gin_file(path.parent if path.name == 'checkpoints' else path)
+  if found is None:
+    raise UserError(
+      f'--checkpoint={path} holds no model: it has no {MODEL_FILE} and no '
+      f'{CONFIG_FILE}; give the work directory of a run, or a model that '
+      '`st_moe convert` made'
+    )
+  config = load_config([str(found)])
+  sections = ['ModelConfig', *(['RouterConfig'] * (config.model.num_experts > 0))]
+  return [
+    Binding(name, value, str(found))
+    for name, value in flatten(config).items()
+    if name.rpartition('.')[0].rpartition('/')[2] in sections
+    or name == 'DataConfig.extra_ids'  # a part of the vocabulary
+  ]
+
+
+def _train(args: argparse.Namespace, config: RunConfig) -> None:
+  workdir = Path(args.workdir)
   check_path(workdir)
   _prepare(args)
   _check_same(args, config)
@@ -132,14 +191,7 @@ def _pretrain(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
   _connect(args, stop_signals=False)
   workdir = Path(args.workdir)
-  found = next(
-    (
-      workdir / name
-      for name in (MODEL_FILE, CONFIG_FILE)
-      if (workdir / name).is_file()
-    ),
-    None,
-  )
+  found = _gin_file(workdir)
   if found is None:
     raise UserError(
       f'{workdir} holds no run: it has no config.gin; give the --workdir of '
@@ -327,6 +379,7 @@ def _silence_libraries() -> None:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'pretrain': _pretrain,
+  'finetune': _finetune,
   'evaluate': _evaluate,
   'config': _config,
   'vocab': _vocab,
@@ -421,9 +474,9 @@ def _stop_at_once(number, frame) -> None:
 def run() -> None:
   """The console script: sets the process up for computing, then `main`."""
   command, helps = sys.argv[1:2], '--help' in sys.argv
-  if command == ['pretrain'] and not helps:
+  if command in (['pretrain'], ['finetune']) and not helps:
     signal.signal(signal.SIGTERM, _stop_at_once)
-  computes = command in (['pretrain'], ['bench'])
+  computes = command in (['pretrain'], ['finetune'], ['bench'])
   on_cpu = os.environ.get('JAX_PLATFORMS', 'cpu') == 'cpu'
   heap = _LEAN_HEAP if command == ['convert'] else {}
   heap = _HEAP if computes and on_cpu else heap

@@ -25,6 +25,14 @@ RUNS = {
     ['VOCABULARY=spiece.model'],
   ),
   'small': (['models/tiny.gin', 'runs/small.gin'], []),
+  'finetune_sparse': (
+    ['models/st_moe_l.gin', 'runs/finetune_sparse.gin'],
+    ['TASK=text', 'DataConfig.files=a.txt'],
+  ),
+  'finetune_dense': (
+    ['models/dense_l.gin', 'runs/finetune_dense.gin'],
+    ['TASK=text', 'DataConfig.files=a.txt'],
+  ),
   'evaluate': (['models/st_moe_l.gin', 'runs/evaluate.gin'], ['TASK=c4']),
 }
 
@@ -178,7 +186,8 @@ def test_a_run_resolves_and_its_operative_config_alone_gives_it_again(
 @pytest.mark.parametrize('name', RUNS)
 def test_a_run_opens_with_its_contract(name):
   text = header(f'runs/{name}.gin')
-  command = 'evaluate' if name == 'evaluate' else 'pretrain'
+  command = name.split('_')[0]
+  command = command if command in ('evaluate', 'finetune') else 'pretrain'
   assert f'st_moe {command}' in text
   for promise in ('Cost', 'You see', 'Macros'):
     assert promise in text
@@ -188,7 +197,26 @@ def test_a_run_opens_with_its_contract(name):
     assert re.search(rf'^ *{macro.name} ', text, re.MULTILINE), macro.name
 
 
-@pytest.mark.parametrize('name', ['quickstart', 'small', 'pretrain'])
+def test_recipes_of_fine_tuning():
+  # Figure 6 and Table 20: tokens of a batch (512 inputs), learning rate.
+  sparse, dense = load_run('finetune_sparse'), load_run('finetune_dense')
+  for run, tokens, rate in ((sparse, 2**16, 1e-3), (dense, 2**18, 1e-4)):
+    assert run.data.lengths == {'encoder': 512, 'decoder': 62}
+    assert run.batch_size * run.data.inputs_length == tokens
+    assert run.optimizer.learning_rate == rate
+    assert run.optimizer.schedule == 'constant'
+    assert run.model.dropout_rate == 0.1
+  for router in (sparse.model.encoder_router, sparse.model.decoder_router):
+    assert router.expert_dropout_rate == 0.4
+    assert router.train_capacity_factor == 1.25
+    assert router.eval_capacity_factor == 2.0
+    assert router.balance_loss_weight > 0
+
+
+@pytest.mark.parametrize(
+  'name',
+  ['quickstart', 'small', 'pretrain', 'finetune_sparse', 'finetune_dense'],
+)
 def test_a_training_run_exposes_the_common_macros(name):
   bindings = read_file(gin_files.find(f'runs/{name}.gin'))
   macros = {b.name for b in bindings if b.is_macro}

@@ -15,6 +15,7 @@ from st_moe.arguments.running import (
   add_cache,
   add_config,
   add_evaluate,
+  add_finetune,
   add_pretrain,
   add_vocab,
 )
@@ -43,6 +44,7 @@ def _make_parser() -> tuple[Parser, dict[str, Parser]]:
   subparsers = parser.add_subparsers(metavar='COMMAND')
   commands = {
     'pretrain': add_pretrain(subparsers),
+    'finetune': add_finetune(subparsers),
     'evaluate': add_evaluate(subparsers),
     'config': add_config(subparsers),
     'vocab': add_vocab(subparsers),

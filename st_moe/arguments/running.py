@@ -12,6 +12,12 @@ def add_pretrain(subparsers: Any) -> Parser:
     'train on a task; started again in its work directory, go on',
     '--gin_file=gin_configs/runs/quickstart.gin --workdir=runs/quickstart',
   )
+  _add_run(command)
+  return command
+
+
+def _add_run(command: Parser) -> None:
+  """Adds the flags of the commands that train."""
   command.add_argument(
     '--workdir',
     required=True,
@@ -24,6 +30,23 @@ def add_pretrain(subparsers: Any) -> Parser:
     help='go on in a work directory that was started otherwise',
   )
   add_connection(command)
+
+
+def add_finetune(subparsers: Any) -> Parser:
+  command = add_command(
+    subparsers,
+    'finetune',
+    'train a model that is there on a task; its own gin file says what it is',
+    '--checkpoint=runs/quickstart '
+    '--gin_file=gin_configs/runs/finetune_sparse.gin --gin.TASK=text '
+    '--gin.FILES=my_text --workdir=runs/tuned',
+  )
+  command.add_argument(
+    '--checkpoint',
+    metavar='DIR',
+    help='a run, or a model that `st_moe convert` made; not needed to go on',
+  )
+  _add_run(command)
   return command
 
 

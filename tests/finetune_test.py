@@ -1,0 +1,102 @@
+"""`st_moe finetune`: the model comes from the checkpoint, its bits stay."""
+
+import json
+
+import numpy as np
+import pytest
+from made_models import write_run
+from tiny_model import tiny_config
+
+from st_moe.checkpoint import ArrayReader, find_steps
+from st_moe.gin_files import load_config
+from st_moe.main import main
+
+SPARSE = tiny_config(vocab_size=384)
+FLAGS = [
+  '--gin_file=runs/finetune_sparse.gin', '--gin.TASK=text',
+  '--gin.BATCH_SIZE=8', '--gin.EVAL_EVERY=2',
+  '--gin.RunConfig.eval_batches=1', '--gin.RunConfig.unigram_batches=1',
+  '--gin.RunConfig.tensorboard=False', '--gin.DataConfig.inputs_length=64',
+  '--gin.DataConfig.targets_length=32',
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(tmp_path):
+  path = tmp_path / 'text.txt'
+  path.write_text(
+    ''.join(f'the cat {i} sat on the mat {i * i}\n' for i in range(400))
+  )
+  return f'--gin.FILES={path}'
+
+
+def test_a_model_is_tuned_and_goes_on(tmp_path, text, capsys):
+  weights, run = tmp_path / 'weights', tmp_path / 'run'
+  before = write_run(weights, SPARSE)
+  argv = ['finetune', f'--workdir={run}']
+  flags = [*FLAGS, text, '--gin.TRAINABLE=non_moe', '--gin.STEPS=2']
+  assert main([*argv, f'--checkpoint={weights}', *flags]) == 0
+
+  config = load_config([str(run / 'config.gin')])
+  assert config.model.d_model == SPARSE.d_model
+  assert config.model.num_experts == SPARSE.num_experts
+  assert config.model.dropout_rate == 0.1
+  assert config.model.encoder_router.expert_dropout_rate == 0.4
+  record = json.loads((run / 'run.json').read_text())
+  assert record['initial_weights']['step'] == 7
+
+  _, steps = find_steps(run, None)
+  assert steps == [2]
+  stored = ArrayReader(run, 2)
+  after = {name: stored.read(name) for name in before}
+  moved = {n for n in before if not np.array_equal(after[n], before[n])}
+  assert moved
+  assert not any('/moe/' in name for name in moved)
+  assert {n for n in before if '/moe/' in n}
+
+  # Without --checkpoint the run in its directory goes on.
+  capsys.readouterr()
+  longer = ['--gin.RunConfig.steps=4', '--allow_config_change']
+  assert main([*argv, *longer]) == 0
+  assert 'resumed at step 2' in capsys.readouterr().out
+  assert json.loads((run / 'summary.json').read_text())['step'] == 4
+
+
+@pytest.mark.parametrize(
+  ('argv', 'message'),
+  [
+    ([], 'finetune needs --checkpoint=DIR'),
+    (['--checkpoint=none'], '--checkpoint=none holds no model'),
+  ],
+)
+def test_weights_must_be_there(tmp_path, argv, message, capsys):
+  run = tmp_path / 'run'
+  assert main(['finetune', f'--workdir={run}', *FLAGS, *argv]) == 2
+  assert capsys.readouterr().err.startswith(f'error: {message}')
+  assert not run.exists()
+
+
+def test_a_run_file_must_be_given(tmp_path, capsys):
+  write_run(tmp_path / 'weights', SPARSE)
+  run = tmp_path / 'run'
+  argv = [f'--checkpoint={tmp_path / "weights"}', f'--workdir={run}']
+  assert main(['finetune', *argv]) == 2
+  assert 'finetune needs --gin_file=FILE' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--gin.TRAINABLE=atention', 'did you mean attention?'),
+    ('--gin.ModelConfig.d_model=24', 'out/kernel is float32[16, 16] but must be float32[16, 24]'),
+  ],
+)
+def test_what_does_not_fit_the_weights_is_refused(
+  tmp_path, text, flag, message, capsys
+):
+  write_run(tmp_path / 'weights', SPARSE)
+  argv = [f'--checkpoint={tmp_path / "weights"}', f'--workdir={tmp_path}/run']
+  assert main(['finetune', *argv, *FLAGS, text, flag]) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1
+  assert message in error
