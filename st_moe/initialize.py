@@ -270,6 +270,11 @@ def _tell_differences(model: ModelConfig, source: FoundModel) -> None:
   old, new = to_dict(before), to_dict(model)
   if not before.num_experts:
     old = {k: v for k, v in old.items() if not k.endswith('router')}
+  for router in ('encoder_router', 'decoder_router'):
+    for settings in (old, new):
+      # Dropout is a matter of training, which fine-tuning sets anew.
+      if router in settings:
+        settings[router].pop('expert_dropout_rate')
   changed = differences(
     {name: old[name] for name in _MEANING if name in old},
     {name: new[name] for name in _MEANING if name in old},

@@ -161,7 +161,10 @@ def _bindings_of_model(path: Path) -> list[Binding]:
       '`st_moe convert` made'
     )
   config = load_config([str(found)])
-  sections = ['ModelConfig', *(['RouterConfig'] * (config.model.num_experts > 0))]
+  sections = [
+    'ModelConfig',
+    *(['RouterConfig'] * (config.model.num_experts > 0)),
+  ]
   return [
     Binding(name, value, str(found))
     for name, value in flatten(config).items()

@@ -30,7 +30,7 @@ def text(tmp_path):
   return f'--gin.FILES={path}'
 
 
-def test_a_model_is_tuned_and_goes_on(tmp_path, text, capsys):
+def test_a_model_is_tuned_and_goes_on(tmp_path, text, caplog):
   weights, run = tmp_path / 'weights', tmp_path / 'run'
   before = write_run(weights, SPARSE)
   argv = ['finetune', f'--workdir={run}']
@@ -42,6 +42,7 @@ def test_a_model_is_tuned_and_goes_on(tmp_path, text, capsys):
   assert config.model.num_experts == SPARSE.num_experts
   assert config.model.dropout_rate == 0.1
   assert config.model.encoder_router.expert_dropout_rate == 0.4
+  assert 'is not set as that of' not in caplog.text
   record = json.loads((run / 'run.json').read_text())
   assert record['initial_weights']['step'] == 7
 
@@ -55,10 +56,10 @@ def test_a_model_is_tuned_and_goes_on(tmp_path, text, capsys):
   assert {n for n in before if '/moe/' in n}
 
   # Without --checkpoint the run in its directory goes on.
-  capsys.readouterr()
+  caplog.clear()
   longer = ['--gin.RunConfig.steps=4', '--allow_config_change']
   assert main([*argv, *longer]) == 0
-  assert 'resumed at step 2' in capsys.readouterr().out
+  assert 'resumed at step 2' in caplog.text
   assert json.loads((run / 'summary.json').read_text())['step'] == 4
 
 
@@ -88,7 +89,10 @@ def test_a_run_file_must_be_given(tmp_path, capsys):
   ('flag', 'message'),
   [
     ('--gin.TRAINABLE=atention', 'did you mean attention?'),
-    ('--gin.ModelConfig.d_model=24', 'out/kernel is float32[16, 16] but must be float32[16, 24]'),
+    (
+      '--gin.ModelConfig.d_model=24',
+      'out/kernel is float32[16, 16] but must be float32[16, 24]',
+    ),
   ],
 )
 def test_what_does_not_fit_the_weights_is_refused(
