@@ -5,6 +5,7 @@ their arguments alone: so TensorFlow may save and restore the iterators, and
 their state is a few numbers instead of buffers of text.
 """
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -45,19 +46,22 @@ def _read_texts(
   return texts
 
 
-class RandomAccessSource(seqio.DataSource):
-  """Documents known by number: a perfect shuffle, another in each epoch.
+class NumberedSource(seqio.DataSource, abc.ABC):
+  """What is known by number: a perfect shuffle, another in each epoch.
 
   A shuffled dataset never ends: it holds one epoch after the other.
   """
 
-  def __init__(
-    self, documents: Mapping[str, Sequence[str]], errors: list[UserError]
-  ):
-    """Builds it from the documents of each split."""
-    super().__init__(splits=documents)
-    self._documents = documents
-    self._errors = errors
+  def __init__(self, items: Mapping[str, Sequence[Any]]):
+    """Builds it from the items of each split."""
+    super().__init__(splits=items)
+    self._items = items
+
+  @abc.abstractmethod
+  def _fetch(
+    self, numbers: tf.data.Dataset, items: Sequence[Any]
+  ) -> tf.data.Dataset:
+    """Returns the features of the items with these numbers, in their order."""
 
   @property
   def supports_arbitrary_sharding(self) -> bool:
@@ -75,16 +79,31 @@ class RandomAccessSource(seqio.DataSource):
     **unused: Any,
   ) -> tf.data.Dataset:
     """Returns one epoch in order, or all epochs shuffled."""
-    documents = self._documents[split]
-    count = len(documents)
+    items = self._items[split]
+    count = len(items)
     numbers = tf.data.Dataset.range(count)
     if shuffle:
       numbers = _endless(count, seed)
     if shard_info:
       numbers = numbers.shard(shard_info.num_shards, shard_info.index)
+    return self._fetch(numbers, items)
 
+
+class RandomAccessSource(NumberedSource):
+  """Documents that are fetched from disk: examples with a 'text'."""
+
+  def __init__(
+    self, documents: Mapping[str, Sequence[str]], errors: list[UserError]
+  ):
+    """Builds it from the documents of each split."""
+    super().__init__(documents)
+    self._errors = errors
+
+  def _fetch(
+    self, numbers: tf.data.Dataset, items: Sequence[str]
+  ) -> tf.data.Dataset:
     def read(chosen: np.ndarray) -> list[str]:
-      return [documents[int(number)] for number in chosen]
+      return [items[int(number)] for number in chosen]
 
     texts = numbers.batch(_DOCUMENTS_AT_ONCE).map(
       lambda chosen: _read_texts(read, [chosen], self._errors),
@@ -93,43 +112,16 @@ class RandomAccessSource(seqio.DataSource):
     return texts.unbatch().map(lambda text: {'text': text})
 
 
-class ExampleSource(seqio.DataSource):
-  """Examples of a task with answers, in memory: a perfect shuffle too."""
+class ExampleSource(NumberedSource):
+  """Examples of a task with answers, in memory: 'inputs' and 'targets'."""
 
-  def __init__(self, examples: Mapping[str, Sequence[Example]]):
-    """Builds it from the examples of each split."""
-    super().__init__(splits=examples)
-    self._examples = examples
-
-  @property
-  def supports_arbitrary_sharding(self) -> bool:
-    return True
-
-  def list_shards(self, split: str) -> Sequence[str]:
-    return [split]
-
-  def num_input_examples(self, split: str) -> int:
-    return len(self._examples[split])
-
-  def get_dataset(
-    self,
-    split: str = 'train',
-    shuffle: bool = True,
-    seed: int | None = None,
-    shard_info: seqio.ShardInfo | None = None,
-    **unused: Any,
+  def _fetch(
+    self, numbers: tf.data.Dataset, items: Sequence[Example]
   ) -> tf.data.Dataset:
-    """Returns one epoch in order, or all epochs shuffled."""
-    examples = self._examples[split]
     columns = {
-      'inputs': tf.constant([example.inputs for example in examples]),
-      'targets': tf.constant([example.targets for example in examples]),
+      'inputs': tf.constant([example.inputs for example in items]),
+      'targets': tf.constant([example.targets for example in items]),
     }
-    numbers = tf.data.Dataset.range(len(examples))
-    if shuffle:
-      numbers = _endless(len(examples), seed)
-    if shard_info:
-      numbers = numbers.shard(shard_info.num_shards, shard_info.index)
     return numbers.map(
       lambda number: {
         name: tf.gather(texts, number) for name, texts in columns.items()

@@ -132,40 +132,32 @@ def make_task(
     config: the objective, already checked.
     vocabulary: of inputs and targets.
   """
+  tokenize = functools.partial(
+    seqio.preprocessors.tokenize, copy_pretokenized=False
+  )
+  # The place of the cache decides the seeds of what follows.
+  steps = [tokenize, seqio.CacheDatasetPlaceholder()]
+  if corpus.examples is None:
+    as_targets = functools.partial(
+      seqio.preprocessors.rekey, key_map={'targets': 'text'}
+    )
+    steps = [as_targets, *steps, _objective(config)]
   feature = seqio.Feature(vocabulary.as_seqio(), add_eos=True)
-  features = {'inputs': feature, 'targets': feature}
-  if corpus.examples is not None:
-    return seqio.Task(
-      name,
-      source=corpus.source,
-      preprocessors=[
-        functools.partial(
-          seqio.preprocessors.tokenize, copy_pretokenized=False
-        ),
-        seqio.CacheDatasetPlaceholder(),
-        seqio.preprocessors.append_eos_after_trim,
-      ],
-      output_features=features,
-    )
-  objective = preprocessors.prefix_lm
-  if config.objective == 'span_corruption':
-    objective = functools.partial(
-      preprocessors.span_corruption,
-      noise_density=config.noise_density,
-      mean_noise_span_length=config.mean_noise_span_length,
-    )
   return seqio.Task(
     name.replace('-', '_'),  # mc4.bg-Latn is no name for seqio
     source=corpus.source,
-    # The place of the cache decides the seeds of what follows.
-    preprocessors=[
-      functools.partial(seqio.preprocessors.rekey, key_map={'targets': 'text'}),
-      functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
-      seqio.CacheDatasetPlaceholder(),
-      objective,
-      seqio.preprocessors.append_eos_after_trim,
-    ],
-    output_features=features,
+    preprocessors=[*steps, seqio.preprocessors.append_eos_after_trim],
+    output_features={'inputs': feature, 'targets': feature},
+  )
+
+
+def _objective(config: DataConfig) -> Callable[..., tf.data.Dataset]:
+  if config.objective != 'span_corruption':
+    return preprocessors.prefix_lm
+  return functools.partial(
+    preprocessors.span_corruption,
+    noise_density=config.noise_density,
+    mean_noise_span_length=config.mean_noise_span_length,
   )
 
 
@@ -180,7 +172,7 @@ def _answers(name: str, config: DataConfig) -> Corpus:
     name,
     *(f'{count:,}' for count in counts.values()),
   )
-  hashes = {s: file_sha256(catalog.file_of(name, s, config)) for s in splits}
+  hashes = {s: file_sha256(catalog.find_file(name, s, config)) for s in splits}
   return Corpus(
     source=ExampleSource({split: examples(split) for split in splits}),
     documents=lambda split: [example.inputs for example in examples(split)],

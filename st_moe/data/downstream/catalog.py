@@ -13,7 +13,7 @@ from typing import Any
 
 from st_moe.config import DataConfig
 from st_moe.data.downstream import superglue
-from st_moe.data.downstream.example import AnswerTask, Example
+from st_moe.data.downstream.example import Example
 from st_moe.data.sources import reading
 from st_moe.errors import UserError
 
@@ -42,7 +42,13 @@ def expand(name: str) -> tuple[str, ...]:
   return _MIXTURES.get(name, (name,))
 
 
-def _find_file(task: AnswerTask, split: str, config: DataConfig) -> Path:
+def find_file(name: str, split: str, config: DataConfig) -> Path:
+  """Returns the file that a split of a task is read from.
+
+  Raises:
+    UserError: there is none, or no such split.
+  """
+  task = _TASKS[name]
   if config.task_dir is None:
     raise UserError(
       f'task {task.name!r} needs DataConfig.task_dir, the folder with '
@@ -81,8 +87,7 @@ def load_examples(name: str, split: str, config: DataConfig) -> list[Example]:
   Raises:
     UserError: a missing file, a line that is no row of the task, no example.
   """
-  task = _TASKS[name]
-  path = _find_file(task, split, config).resolve()
+  path = find_file(name, split, config).resolve()
   with reading(path):
     stat = path.stat()
   return _read(name, path, split == 'train', (stat.st_size, stat.st_mtime_ns))
@@ -113,12 +118,3 @@ def _row(line: bytes, where: str) -> Mapping[str, Any]:
   if not isinstance(row, dict):
     raise UserError(f'{where}: not a JSON object; one row a line is expected')
   return row
-
-
-def file_of(name: str, split: str, config: DataConfig) -> Path:
-  """Returns the file that a split is read from.
-
-  Raises:
-    UserError: there is none.
-  """
-  return _find_file(_TASKS[name], split, config)
