@@ -157,9 +157,9 @@ def test_rows_of_padding_do_not_keep_decoding_going():
     jax.debug.callback(lambda: steps.append(1))
     return decoding_step(*args)
 
-  decoding_step = decoding.decode_step
+  decoding_step = decoding.sampling.decode_step
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(decoding, 'decode_step', counted)
+    patch.setattr(decoding.sampling, 'decode_step', counted)
     outputs = decoding.generate(
       CONFIG, params(), rows, max_length=31, eos_id=first
     )
