@@ -22,6 +22,7 @@ __all__ = [
   'PAD_ID',
   'BeamSearch',
   'Sampling',
+  'check_method',
   'choose_tokens',
   'generate',
   'keys_for',
@@ -32,6 +33,21 @@ __all__ = [
 def keys_for(rng: jax.Array, numbers: jax.Array) -> jax.Array:
   """Returns a key for each input, of its number: int [batch] -> [batch]."""
   return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(rng, numbers)
+
+
+def check_method(config: ModelConfig, method: Sampling | BeamSearch) -> None:
+  """Refuses what a model cannot do.
+
+  Raises:
+    UserError: when `top_k` exceeds the vocabulary.
+  """
+  if isinstance(method, BeamSearch) or method.top_k is None:
+    return
+  if method.top_k > config.vocab_size:
+    raise UserError(
+      f'Sampling.top_k {method.top_k} exceeds ModelConfig.vocab_size '
+      f'{config.vocab_size}'
+    )
 
 
 def generate(
@@ -72,11 +88,7 @@ def generate(
       f'sampling with temperature {method.temperature} needs a random key; '
       'give rng, or temperature 0 for greedy decoding'
     )
-  if method.top_k is not None and method.top_k > config.vocab_size:
-    raise UserError(
-      f'Sampling.top_k {method.top_k} exceeds ModelConfig.vocab_size '
-      f'{config.vocab_size}'
-    )
+  check_method(config, method)
   if method.temperature == 0.0:
     rng = None
   elif rng.ndim == 0:
