@@ -328,6 +328,24 @@ def test_folders_with_other_things_are_left_alone(tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['thesis.txt']
 
 
+def test_a_cache_that_another_process_begins_is_joined(folder, shared_data):
+  path = shared_data / 'vocab' / 't5_cc_all_32000_spiece.model'
+  vocabulary = load_vocabulary(str(path), 100)
+  folder.mkdir()
+  copy = folder / 'vocabulary.model'
+  copy.write_bytes(path.read_bytes())
+  (folder / '.plan.json.0123abcd.tmp').write_text('{"te')
+  assert write(folder, text_of(vocabulary=vocabulary)) is not None
+  (folder / 'plan.json').unlink()
+  for shard in folder.glob('*-of-*'):
+    shard.unlink()
+  (folder / 'manifest.json').unlink()
+  copy.write_bytes(b'mine')
+  message = refused(folder, text_of(vocabulary=vocabulary))
+  assert f'{copy} is not the vocabulary {path}' in message
+  assert copy.read_bytes() == b'mine'
+
+
 def test_a_damaged_plan_is_named(folder):
   write(folder)
   (folder / 'plan.json').write_text('{')

@@ -60,6 +60,7 @@ FLOORS = {
   'trace': 6,
   'convert': 6,
   'bench': 6,
+  'commands': 7,
   'main': 7,
   '__main__': 7,
 }

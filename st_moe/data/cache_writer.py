@@ -13,6 +13,7 @@ one process or by many.
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,13 @@ _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 10_000_000
 # With the text's fingerprint, what decides which document is in which split.
 _TEXT_FIELDS = ('task', 'holdout_every', 'train_split', 'eval_split')
+# What is in a folder before its plan is: what becomes the plan, the vocabulary.
+_BEGINNING = re.compile(
+  r'\.({plan}|{vocabulary})\.[0-9a-f]+\.tmp|{vocabulary}'.format(
+    plan=re.escape(cache_format.PLAN_FILE),
+    vocabulary=re.escape(cache_format.VOCABULARY_FILE),
+  )
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,8 +191,11 @@ def check_folder(output: Path) -> None:
   """
   if output.exists() and not output.is_dir():
     raise UserError(f'{output} is a file; choose a folder for the cache')
+  # The names first: another process may be beginning this very cache, and
+  # writes the plan before any shard.
+  names = [path.name for path in output.iterdir()] if output.is_dir() else []
   is_cache = (output / cache_format.PLAN_FILE).is_file()
-  if not is_cache and output.is_dir() and any(output.iterdir()):
+  if not is_cache and any(not _BEGINNING.fullmatch(name) for name in names):
     raise UserError(
       f'{output} is not empty and holds no cache; choose another folder'
     )
@@ -272,11 +283,20 @@ def _check_plan(
 
 
 def _store_vocabulary(output: Path, vocabulary: Vocabulary) -> str:
-  """Copies the model into the folder; returns its name there, or 'byte'."""
+  """Copies the model into the folder; returns its name there, or 'byte'.
+
+  Raises:
+    UserError: another vocabulary is there.
+  """
   if vocabulary.spec == 'byte':
     return 'byte'
   path = output / cache_format.VOCABULARY_FILE
-  write_atomically(path, Path(vocabulary.spec).read_bytes())
+  content = Path(vocabulary.spec).read_bytes()
+  if path.is_file() and path.read_bytes() != content:
+    raise UserError(
+      f'{path} is not the vocabulary {vocabulary.spec}; choose another folder'
+    )
+  write_atomically(path, content)
   return path.name
 
 
