@@ -212,6 +212,17 @@ class TaskEvaluator:
     """What is answered, by task."""
     return {name: one.examples for name, one in self._prepared.items()}
 
+  def score_names(self) -> tuple[str, ...]:
+    """The names that `TaskScores.scalars` will have, without a model."""
+    split = self._config.evaluation.split
+    silent = {
+      name: make_result(
+        one.task, split, one.examples, [''] * len(one.examples)
+      )
+      for name, one in self._prepared.items()
+    }
+    return tuple(TaskScores(silent, self._mixtures).scalars())
+
   @property
   def fingerprint(self) -> dict[str, str]:
     """SHA-256 of the examples of each task."""
