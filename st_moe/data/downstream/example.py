@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from st_moe.data.downstream.published import Files
+
 # What was read from a model's text: the index of a choice, -1 for a text that
 # is none of them; or the text itself where an answer is free.
 Answer = int | str
@@ -48,7 +50,7 @@ class AnswerTask:
 
   Attributes:
     name: 'superglue.cb'.
-    folder: of its files in the published archive, 'CB'.
+    files: where its rows are published.
     examples: makes examples of a row, given where it stands
       ('CB/train.jsonl:3') and whether they are to be trained on. A row may
       give none (WSC's false ones in training) or many (MultiRC).
@@ -58,7 +60,7 @@ class AnswerTask:
   """
 
   name: str
-  folder: str
+  files: Files
   examples: Callable[[Mapping[str, Any], str, bool], list[Example]]
   answer: Callable[[str, Example], Answer]
   metrics: Callable[[Sequence[Answer], Sequence[Example]], dict[str, float]]
