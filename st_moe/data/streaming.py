@@ -74,7 +74,8 @@ def open_stream(
     for part in parts
   ]
   for name, corpus in corpora.items():
-    if corpus.examples is not None:
+    trained = config.train_split in corpus.source.splits
+    if corpus.examples is not None and trained:
       _tell_cuts(name, corpus.examples(config.train_split), config, vocabulary)
   provider = make_mixture(config.task, parts, providers)
   cached = {}
@@ -179,7 +180,11 @@ def _open_vocabulary(
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
   path = root / 'vocabularies' / f'{name}.model'
   if not path.is_file():
-    texts = [c.documents(config.train_split) for c in corpora.values()]
+    texts = [
+      corpus.documents(config.train_split)
+      for corpus in corpora.values()
+      if config.train_split in corpus.source.splits
+    ]
     train_vocabulary(
       texts[0] if len(texts) == 1 else _in_turn(map(_spread, texts)),
       config.auto_vocabulary_size,
