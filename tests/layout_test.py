@@ -49,6 +49,7 @@ FLOORS = {
   'report': 4,
   'evaluate': 5,
   'predictor': 5,
+  'predict': 6,
   'initialize': 5,
   'step_log': 5,
   'train_step': 5,

@@ -16,6 +16,7 @@ from st_moe.arguments.running import (
   add_config,
   add_evaluate,
   add_finetune,
+  add_predict,
   add_pretrain,
   add_vocab,
 )
@@ -46,6 +47,7 @@ def _make_parser() -> tuple[Parser, dict[str, Parser]]:
     'pretrain': add_pretrain(subparsers),
     'finetune': add_finetune(subparsers),
     'evaluate': add_evaluate(subparsers),
+    'predict': add_predict(subparsers),
     'config': add_config(subparsers),
     'vocab': add_vocab(subparsers),
     'cache': add_cache(subparsers),

@@ -1,10 +1,11 @@
-"""Commands on a model: `st_moe evaluate`, `bench`, `plan` and `convert`."""
+"""Commands on a model: `evaluate`, `predict`, `bench`, `plan`, `convert`."""
 
 import argparse
 import logging
+import math
 from pathlib import Path
 
-from st_moe import arguments
+from st_moe import arguments, processes
 from st_moe.bindings import Binding
 from st_moe.commands import starting
 from st_moe.errors import UserError
@@ -56,6 +57,90 @@ def _test_split(args: argparse.Namespace) -> list[Binding]:
   if any(one.name in ('SPLIT', split) for one in args.gin_bindings):
     return []
   return [Binding(split, 'test', '--submission')]
+
+
+def predict(args: argparse.Namespace) -> None:
+  """Answers lines of text."""
+  starting.connect(args, stop_signals=False)
+  _check_decoding(args)
+  checkpoint = Path(args.checkpoint)
+  found = starting.gin_file_of(
+    checkpoint.parent if checkpoint.name == 'checkpoints' else checkpoint
+  )
+  if found is None:
+    raise UserError(
+      f'--checkpoint={checkpoint} holds no model: it has no config.gin and no '
+      'model.gin; give the work directory of a run, or a model that `st_moe '
+      'convert` made'
+    )
+  flags = []
+  if args.max_new_tokens is not None:
+    flags.append(
+      Binding(
+        'DataConfig.targets_length', args.max_new_tokens, '--max_new_tokens'
+      )
+    )
+  config = starting.configure(args, [str(found), *args.gin_file], flags)
+  starting.prepare(args, say_on='stderr')
+  starting.check_same(args, config)
+  log.info('loading JAX')
+  from st_moe import decoding, predict
+
+  texts = predict.Texts(
+    args.prompt,
+    None if args.input is None else Path(args.input),
+    None if args.output is None else Path(args.output),
+  )
+  if processes.is_leader():
+    texts.check()
+  temperature = args.temperature
+  if temperature is None:  # top_k and top_p say that tokens are drawn
+    draws = args.top_k is not None or args.top_p is not None
+    temperature = 1.0 if draws else 0.0
+  predict.predict(
+    config,
+    checkpoint,
+    texts,
+    step=args.step,
+    batch_size=args.batch_size,
+    num_beams=args.num_beams,
+    length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+    sampling=decoding.Sampling(temperature, args.top_k, args.top_p),
+  )
+
+
+def _check_decoding(args: argparse.Namespace) -> None:
+  """Refuses flags that do not go together, or have no sense."""
+  for name in ('batch_size', 'num_beams', 'max_new_tokens', 'top_k'):
+    value = getattr(args, name)
+    if value is not None and value < 1:
+      raise UserError(f'--{name} must be at least 1, got {value}')
+  if args.temperature is not None and not 0 <= args.temperature < math.inf:
+    raise UserError(
+      f'--temperature must be 0 (greedy) or more, got {args.temperature}'
+    )
+  if args.top_p is not None and not 0 < args.top_p <= 1:
+    raise UserError(f'--top_p must be in (0, 1], got {args.top_p}')
+  drawing = [
+    f'--{name}={value}'
+    for name in ('temperature', 'top_k', 'top_p')
+    if (value := getattr(args, name))
+  ]
+  if drawing and args.num_beams > 1:
+    raise UserError(
+      f'{drawing[0]} draws tokens, --num_beams={args.num_beams} searches for '
+      'the likeliest text; leave out one of them'
+    )
+  if drawing and args.temperature == 0:
+    raise UserError(
+      f'--temperature=0 takes the likeliest token, {drawing[0]} draws one; '
+      'leave out one of them'
+    )
+  if args.length_penalty is not None and args.num_beams == 1:
+    raise UserError(
+      f'--length_penalty={args.length_penalty} compares the texts of several '
+      'beams; add --num_beams=N'
+    )
 
 
 def bench(args: argparse.Namespace) -> None:
