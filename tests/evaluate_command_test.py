@@ -88,7 +88,7 @@ def test_a_table_and_every_answer(model, files, tmp_path, capsys):
      scores['superglue.cb/accuracy'], '50.00', 'entailment'],
     ['f1', scores['superglue.cb/f1'], '22.22'],
     ['superglue.wsc', 'validation', '1', '0', 'accuracy',
-     scores['superglue.wsc/accuracy'], '100.00', '1'],
+     scores['superglue.wsc/accuracy'], '100.00', 'True'],
     ['all', 'mean of 2', scores['score'], '68.06'],
   ]  # fmt: skip
 

@@ -175,6 +175,11 @@ def test_ranking_takes_the_likeliest_choice(files, alone):
     assert result.texts[index] == f'choice{best + 1}'
 
 
+def test_the_names_of_scores_are_known_before(files, alone):
+  names = evaluator(config(files))[0].score_names()
+  assert names == tuple(alone['generate'].scalars())
+
+
 def oracle(files, name):
   task = catalog.find_task(name)
   examples = catalog.load_examples(

@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from st_moe.arguments.common import Parser, add_command, add_connection
+from st_moe.arguments.common import (
+  Parser,
+  add_command,
+  add_connection,
+  add_step,
+)
 
 
 def add_pretrain(subparsers: Any) -> Parser:
@@ -66,9 +71,7 @@ def add_evaluate(subparsers: Any) -> Parser:
     metavar='DIR',
     help='a run, or a model that `st_moe convert` made',
   )
-  command.add_argument(
-    '--step', type=int, help='of the checkpoint (default: the newest)'
-  )
+  add_step(command)
   command.add_argument(
     '--output',
     metavar='DIR',

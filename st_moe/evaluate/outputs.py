@@ -68,8 +68,8 @@ class Folders:
 
   def _submit(self, folder: Path, scores: TaskScores) -> None:
     for name, result in scores.results.items():
-      path = submission.write(folder, name, result.answers, result.examples)
-      print(f'to be submitted: {path} ({len(result.examples):,} examples)')
+      submission.write(folder, name, result.answers, result.examples)
+    print(f'to be submitted, {len(scores.results)} files: {folder}')
     invalid = {n: r.no_answers for n, r in scores.results.items()}
     if any(invalid.values()):
       counts = ', '.join(f'{n} {c:,}' for n, c in invalid.items() if c)
@@ -163,9 +163,9 @@ def _rows(name: str, result: TaskResult) -> list[list[str]]:
 def _shown(answer: Answer, result: TaskResult) -> str:
   """Returns a constant answer as the task writes it."""
   choices = result.examples[0].choices
-  if isinstance(answer, int) and answer < len(choices):
-    return choices[answer]
-  return str(answer)
+  if isinstance(answer, str):
+    return repr(answer)
+  return choices[answer] if choices else str(bool(answer))  # WSC: is it right?
 
 
 def _mean_row(name: str, scores: TaskScores, tasks: Sequence[str]) -> list[str]:

@@ -150,12 +150,14 @@ class _Prepared:
     examples: to be answered.
     inputs: ids of each, with end-of-sequence, cut.
     choices: ids of each one's choices, without it; () to be generated.
+    majority: the best constant answer.
   """
 
   task: AnswerTask
   examples: list[Example]
   inputs: list[list[int]]
   choices: list[list[list[int]]]
+  majority: Majority | None
 
 
 class TaskEvaluator:
@@ -212,6 +214,15 @@ class TaskEvaluator:
     """What is answered, by task."""
     return {name: one.examples for name, one in self._prepared.items()}
 
+  def score_names(self) -> tuple[str, ...]:
+    """The names that `TaskScores.scalars` will have, without a model."""
+    split = self._config.evaluation.split
+    silent = {
+      name: make_result(one.task, split, one.examples, [''] * len(one.examples))
+      for name, one in self._prepared.items()
+    }
+    return tuple(TaskScores(silent, self._mixtures).scalars())
+
   @property
   def fingerprint(self) -> dict[str, str]:
     """SHA-256 of the examples of each task."""
@@ -240,6 +251,7 @@ class TaskEvaluator:
       examples=examples,
       inputs=[[*ids[:most_in], eos] for ids in inputs],
       choices=[[ids[:most_out] for ids in each] for each in choices],
+      majority=majority(task, examples),
     )
 
   def evaluate(self, params: Any) -> TaskScores:
@@ -283,7 +295,10 @@ class TaskEvaluator:
       self._config.evaluation.split,
       one.examples,
       [texts[i] for i in range(len(one.examples))],
-      [likelihoods.get(i, ()) for i in range(len(one.examples))],
+      log_likelihoods=[
+        likelihoods.get(i, ()) for i in range(len(one.examples))
+      ],
+      majority=one.majority,
     )
 
 
@@ -292,7 +307,9 @@ def make_result(
   split: str,
   examples: Sequence[Example],
   texts: Sequence[str],
+  *,
   log_likelihoods: Sequence[tuple[float, ...]] | None = None,
+  majority: Majority | None = None,
 ) -> TaskResult:
   """Reads the answers from texts and scores them.
 
@@ -302,6 +319,7 @@ def make_result(
     examples: those without a label are answered and not scored.
     texts: one for each.
     log_likelihoods: of choices, where they were ranked.
+    majority: what they are held against.
   """
   answers = tuple(
     task.answer(text, example)
@@ -316,7 +334,7 @@ def make_result(
     answers=answers,
     log_likelihoods=tuple(log_likelihoods or [()] * len(examples)),
     metrics=task.metrics(answers, examples) if labelled else {},
-    majority=majority(task, examples),
+    majority=majority,
   )
 
 
@@ -369,7 +387,7 @@ class _Progress:
       return
     self._last = now
     log.info(
-      '%s: %s of %s %s, %.0f/s',
+      '%s: %s of %s %s, %.3g/s',
       self._what,
       f'{done:,}',
       f'{count:,}',
