@@ -17,6 +17,7 @@ from st_moe.arguments.running import (
   add_evaluate,
   add_finetune,
   add_pretrain,
+  add_trace,
   add_vocab,
 )
 from st_moe.errors import UserError, did_you_mean
@@ -46,6 +47,7 @@ def _make_parser() -> tuple[Parser, dict[str, Parser]]:
     'pretrain': add_pretrain(subparsers),
     'finetune': add_finetune(subparsers),
     'evaluate': add_evaluate(subparsers),
+    'trace': add_trace(subparsers),
     'config': add_config(subparsers),
     'vocab': add_vocab(subparsers),
     'cache': add_cache(subparsers),

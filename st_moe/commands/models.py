@@ -1,4 +1,4 @@
-"""Commands on a model: `st_moe evaluate`, `bench`, `plan` and `convert`."""
+"""Commands on a model: `evaluate`, `trace`, `bench`, `plan` and `convert`."""
 
 import argparse
 import logging
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from st_moe import arguments
 from st_moe.commands import starting
+from st_moe.config import RunConfig
 from st_moe.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -15,13 +16,7 @@ def evaluate(args: argparse.Namespace) -> None:
   """Losses of a checkpoint on held-out text."""
   starting.connect(args, stop_signals=False)
   workdir = Path(args.workdir)
-  found = starting.gin_file_of(workdir)
-  if found is None:
-    raise UserError(
-      f'{workdir} holds no run: it has no config.gin; give the --workdir of '
-      '`st_moe pretrain`, or a model that `st_moe convert` made'
-    )
-  config = starting.configure(args, [str(found), *args.gin_file])
+  config = _of_a_model(args, workdir, '--workdir')
   if not args.resolver.binds('DataConfig'):
     raise UserError(
       f'{workdir} is a model without a run and has no held-out text of its '
@@ -34,6 +29,46 @@ def evaluate(args: argparse.Namespace) -> None:
   from st_moe import evaluate
 
   evaluate.evaluate(config, workdir, step=args.step)
+
+
+def _of_a_model(args: argparse.Namespace, path: Path, flag: str) -> RunConfig:
+  """Returns the configuration of a run or a model, later files on top."""
+  found = starting.gin_file_of(path)
+  if found is None:
+    raise UserError(
+      f'{path} holds no run: it has no config.gin; give the {flag} of '
+      '`st_moe pretrain`, or a model that `st_moe convert` made'
+    )
+  return starting.configure(args, [str(found), *args.gin_file])
+
+
+def trace(args: argparse.Namespace) -> None:
+  """Which tokens go to which expert."""
+  starting.connect(args, stop_signals=False)
+  checkpoint = Path(args.checkpoint)
+  config = _of_a_model(args, checkpoint, '--checkpoint')
+  if not args.resolver.binds('DataConfig') and args.input is None:
+    raise UserError(
+      f'{checkpoint} is a model without a run and has no held-out text of its '
+      'own; add --input=FILE, or --gin_file=gin_configs/runs/evaluate.gin '
+      '--gin.TASK=text --gin.FILES=FILE'
+    )
+  starting.prepare(args)
+  starting.check_same(args, config)
+  log.info('loading JAX')
+  from st_moe.trace import tracing
+
+  request = tracing.Request(
+    checkpoint=checkpoint,
+    step=args.step,
+    input=None if args.input is None else Path(args.input),
+    output=Path(args.output or checkpoint / 'trace'),
+    batches=config.eval_batches if args.batches is None else args.batches,
+    rows=args.rows,
+    capacity=args.capacity,
+  )
+  tracing.check(request)
+  tracing.trace(config, request)
 
 
 def bench(args: argparse.Namespace) -> None:
