@@ -211,10 +211,10 @@ def _open(config: RunConfig, request: Request, found: FoundModel) -> _Opened:
   data = open_data(data_config, seed=config.seed, cache_root=None)
   check_vocabulary(data.fingerprint['vocabulary'], config.data, found)
   files = data_config.eval_files or data_config.files
-  of = f' ({files if isinstance(files, str) else ", ".join(files)})'
+  what = files if isinstance(files, str) else ', '.join(files)
   return _Opened(
     data.vocabulary,
-    f'held-out text of {data_config.task}{of if files else ""}',
+    f'held-out text of {what or f"the task {data_config.task}"}',
     data.fingerprint,
     data,
   )
