@@ -2,8 +2,8 @@
 
 Every line of a file is a row of its own. Spans of it are masked as in
 pretraining, so that sentinels occur; a line INPUTS<tab>TARGETS is taken as it
-is, and may hold sentinels of its own (`<extra_id_0>`). Lines that are longer
-than a row go on in the next one.
+is, and may hold sentinels of its own, `<extra_id_0>` to a SentencePiece
+vocabulary. Lines that are longer than a row go on in the next one.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -112,13 +113,14 @@ def trace(config: RunConfig, request: Request) -> dict[str, Any]:
     request.step,
     shapes.with_shardings(shardings).params,
   )
-  log.info('tracing up to %d batches', request.batches)
+  total = opened.most_batches(config, request)
+  log.info('tracing up to %d batches', total)
   records = record(
     model,
     restored.params,
     opened.batches(config, request, part),
     mesh,
-    lambda done: _report(done, request.batches),
+    lambda done: _report(done, total),
   )
   log.info('counting')
   result = statistics.describe(
@@ -166,6 +168,12 @@ class _Opened:
   text: str
   fingerprint: dict[str, Any]
   source: Any
+
+  def most_batches(self, config: RunConfig, request: Request) -> int:
+    """Returns how many there can be; held-out text may end before."""
+    if isinstance(self.source, texts.LineText):
+      return math.ceil(len(self.source.rows) / config.batch_size)
+    return request.batches
 
   def batches(
     self,

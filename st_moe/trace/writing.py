@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from st_moe.stacking import STACKS
 from st_moe.tables import print_table
 from st_moe.trace import statistics
 from st_moe.trace.words import SPACE
@@ -48,7 +49,7 @@ def page(trace: Mapping[str, Any]) -> str:
 def print_summary(trace: Mapping[str, Any], console: Console) -> None:
   """Prints one line for each sparse layer."""
   rows = []
-  for stack, numbers in trace['stacks'].items():
+  for stack, numbers in _stacks(trace):
     for layer in numbers['layers']:
       named = [
         f'{expert["expert"]}: {kind}'
@@ -75,6 +76,12 @@ def print_summary(trace: Mapping[str, Any], console: Console) -> None:
   )
 
 
+def _stacks(trace: Mapping[str, Any]) -> list[tuple[str, Any]]:
+  """Returns the stacks from below, whatever the order of JSON."""
+  stacks = trace['stacks']
+  return [(name, stacks[name]) for name in STACKS if name in stacks]
+
+
 def markdown(trace: Mapping[str, Any]) -> str:
   """Returns the trace as markdown, without the text itself."""
   source = trace['source']
@@ -86,7 +93,7 @@ def markdown(trace: Mapping[str, Any]) -> str:
     '## Entropy of sentinels (Table 14)',
     _entropies(trace),
   ]
-  for stack, numbers in trace['stacks'].items():
+  for stack, numbers in _stacks(trace):
     for layer in numbers['layers']:
       parts.append(f'## {stack} layer {layer["layer"]}')
       parts.append(_layer(numbers, layer))
@@ -106,7 +113,7 @@ def markdown(trace: Mapping[str, Any]) -> str:
 def _entropies(trace: Mapping[str, Any]) -> str:
   uniform = trace['uniform_entropy']
   rows = []
-  for stack, numbers in trace['stacks'].items():
+  for stack, numbers in _stacks(trace):
     for layer in numbers['layers']:
       values = layer['entropy']
       rows.append(
@@ -118,7 +125,7 @@ def _entropies(trace: Mapping[str, Any]) -> str:
       )
   counts = ', '.join(
     f'{numbers["sentinels"]:,} in the {stack}'
-    for stack, numbers in trace['stacks'].items()
+    for stack, numbers in _stacks(trace)
   )
   paper = '; '.join(
     f'{stack} {", ".join(map(str, values))}' for stack, values in _PAPER.items()
