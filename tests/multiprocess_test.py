@@ -196,6 +196,23 @@ def test_evaluate_in_two_processes(runs, tmp_path):
   assert 'eval/loss' in ended[0].out and ended[1].out == ''
 
 
+@pytest.mark.slow
+def test_trace_in_two_processes(runs, tmp_path):
+  found = []
+  for processes in (1, 2):
+    output = tmp_path / str(processes)
+    ended = Job(
+      ['trace', f'--checkpoint={runs[1]}', f'--output={output}'],
+      processes=processes,
+      devices=8 // processes,
+    ).succeed()
+    assert 'page: ' in ended[0].out
+    assert [one.out for one in ended[1:]] == [''] * (processes - 1)
+    found.append(json.loads((output / 'trace.json').read_text()))
+  assert found[0]['rows'][7] == found[1]['rows'][7]  # of the second process
+  assert found[0]['stacks'] == found[1]['stacks']
+
+
 def test_processes_that_disagree_are_refused_together(cache, tmp_path):
   workdir = tmp_path / 'run'
   lines = fail(pretrain(cache, workdir), own={1: ['--gin.BATCH_SIZE=16']})

@@ -16,7 +16,7 @@ def evaluate(args: argparse.Namespace) -> None:
   """Losses of a checkpoint on held-out text."""
   starting.connect(args, stop_signals=False)
   workdir = Path(args.workdir)
-  config = _of_a_model(args, workdir, '--workdir')
+  config = _of_a_model(args, workdir, 'the --workdir')
   if not args.resolver.binds('DataConfig'):
     raise UserError(
       f'{workdir} is a model without a run and has no held-out text of its '
@@ -36,7 +36,7 @@ def _of_a_model(args: argparse.Namespace, path: Path, flag: str) -> RunConfig:
   found = starting.gin_file_of(path)
   if found is None:
     raise UserError(
-      f'{path} holds no run: it has no config.gin; give the {flag} of '
+      f'{path} holds no run: it has no config.gin; give {flag} of '
       '`st_moe pretrain`, or a model that `st_moe convert` made'
     )
   return starting.configure(args, [str(found), *args.gin_file])
@@ -46,7 +46,7 @@ def trace(args: argparse.Namespace) -> None:
   """Which tokens go to which expert."""
   starting.connect(args, stop_signals=False)
   checkpoint = Path(args.checkpoint)
-  config = _of_a_model(args, checkpoint, '--checkpoint')
+  config = _of_a_model(args, checkpoint, 'as --checkpoint the --workdir')
   if not args.resolver.binds('DataConfig') and args.input is None:
     raise UserError(
       f'{checkpoint} is a model without a run and has no held-out text of its '
