@@ -38,6 +38,11 @@ from st_moe.transformer import EncoderDecoder, apply_model
 
 log = logging.getLogger(__name__)
 
+# Scores of `Evaluator.losses`, of which one may say which step is the best.
+HELD_OUT_SCORES = (
+  'eval/loss', 'eval/neg_log_perplexity', 'eval/neg_log_perplexity_all_targets',
+  'eval/accuracy',
+)  # fmt: skip
 _SPAN_CHARACTERS = 60  # of a filled span, as it is shown
 
 

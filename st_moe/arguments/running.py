@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from st_moe.arguments.common import Parser, add_command, add_connection
+from st_moe.arguments.common import (
+  Parser,
+  add_command,
+  add_connection,
+  add_step,
+)
 
 
 def add_pretrain(subparsers: Any) -> Parser:
@@ -60,9 +65,7 @@ def add_evaluate(subparsers: Any) -> Parser:
   command.add_argument(
     '--workdir', required=True, metavar='DIR', help='of the trained model'
   )
-  command.add_argument(
-    '--step', type=int, help='of the checkpoint (default: the newest)'
-  )
+  add_step(command)
   add_connection(command)
   return command
 
