@@ -197,6 +197,37 @@ def test_evaluate_in_two_processes(runs, tmp_path):
 
 
 @pytest.mark.slow
+def test_each_process_records_the_rows_it_read(cache, tmp_path):
+  # Any loss above that of two steps is a spike.
+  spiky = [
+    '--gin.HealthConfig.spike_window=2',
+    '--gin.HealthConfig.spike_deviations=0.0001',
+    '--gin.HealthConfig.history_steps=3',
+  ]
+  found = []
+  for processes in (1, 2):
+    workdir = tmp_path / str(processes)
+    ended = Job(
+      pretrain(cache, workdir, *spiky),
+      processes=processes,
+      devices=8 // processes,
+    ).succeed()
+    assert 'standard deviations above the mean' in ended[0].err
+    assert [one.err for one in ended[1:]] == [''] * (processes - 1)
+    folder = workdir / 'alarms'
+    (name,) = [path.stem for path in sorted(folder.glob('*.json'))][:1]
+    parts = [np.load(folder / f'{name}.npz')]
+    if processes == 2:
+      parts.append(np.load(folder / f'{name}.process_1.npz'))
+    key = 'batch/encoder_input_tokens'
+    found.append((name, np.concatenate([part[key] for part in parts], axis=1)))
+  (alone, whole), (together, joined) = found
+  assert alone == together
+  assert whole.shape == (3, 8, 32)
+  np.testing.assert_array_equal(joined, whole)
+
+
+@pytest.mark.slow
 def test_trace_in_two_processes(runs, tmp_path):
   found = []
   for processes in (1, 2):
