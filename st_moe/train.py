@@ -294,7 +294,9 @@ def start(
   )
 
 
-def run_steps(trainer: Trainer) -> str | None:
+def run_steps(
+  trainer: Trainer, progress: metrics.Progress | None = None
+) -> str | None:
   """Trains to the last step; returns the signal that stopped it, if one did.
 
   Order at a step: train, log, evaluate, save. The data iterator moves only
@@ -306,7 +308,7 @@ def run_steps(trainer: Trainer) -> str | None:
   with (
     processes.StopSignals() as signals,
     partitioning.use_mesh(trainer.mesh, config.mesh),
-    metrics.Progress(config.steps, start=step) as progress,
+    progress or metrics.Progress(config.steps, start=step) as progress,
   ):
     step_log = StepLog(config, trainer.writer, progress, trainer.rows)
     while step < config.steps and not signals.requested(step):
