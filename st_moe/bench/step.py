@@ -78,9 +78,7 @@ class TrainStep:
     """Takes one step."""
     batch = self._batches[self._taken % _BATCHES]
     wall, cpu = time.perf_counter(), time.process_time()
-    self._state, self._result = self.compiled(
-      self._state, batch, self._key
-    )
+    self._state, self._result = self.compiled(self._state, batch, self._key)
     jax.block_until_ready((self._state, self._result))
     self._taken += 1
     return Sample(time.perf_counter() - wall, time.process_time() - cpu)

@@ -7,7 +7,7 @@ so that a wrong word is answered at once.
 import argparse
 from collections.abc import Callable
 
-from st_moe.commands import models, settings, texts, training
+from st_moe.commands import models, settings, studies, texts, training
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'pretrain': training.pretrain,
@@ -18,5 +18,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'cache': texts.cache,
   'bench': models.bench,
   'plan': models.plan,
+  'study': studies.study,
   'convert': models.convert,
 }
