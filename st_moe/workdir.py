@@ -169,21 +169,33 @@ class WorkDirectory:
   def summary_file(self) -> Path:
     return self.path / 'summary.json'
 
-  def finished(self, steps: int) -> dict[str, Any] | None:
-    """Returns the summary of a run that has done all its steps, or None.
+  def finished(
+    self, steps: int, early_stopping: int | None = None
+  ) -> dict[str, Any] | None:
+    """Returns the summary of a run that has ended, or None.
 
     In all processes what the one with the lock finds.
-    """
-    return processes.from_leader(self._summary(steps))
 
-  def _summary(self, steps: int) -> dict[str, Any] | None:
+    Args:
+      steps: after which it ends.
+      early_stopping: its patience; a run that has stopped early with another
+        one goes on.
+    """
+    return processes.from_leader(self._summary(steps, early_stopping))
+
+  def _summary(
+    self, steps: int, early_stopping: int | None
+  ) -> dict[str, Any] | None:
     if self._lock is None:
       return None
     if not (self.run_file.exists() and self.summary_file.exists()):
       return None
     summary = read_json(self.summary_file)
-    saved = self.checkpoints / str(steps)
-    return summary if summary.get('step') == steps and saved.exists() else None
+    done = summary.get('step')
+    early = summary.get('stopped_early', {}).get('early_stopping')
+    ended = done == steps or (early is not None and early == early_stopping)
+    saved = self.checkpoints / str(done)
+    return summary if ended and saved.exists() else None
 
   def close(self) -> None:
     """Frees the directory; one that was made and never used is removed."""

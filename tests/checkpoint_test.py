@@ -102,7 +102,7 @@ def save_all(saver, steps, losses=None):
       make_state(step),
       data_state=b'row %d' % step,
       metadata={'note': step},
-      metrics=None if loss is None else {'eval/loss': loss, 'eval/x': 1.0},
+      scores=None if loss is None else {'eval/loss': loss, 'eval/x': 1.0},
     )
   saver.wait()
 

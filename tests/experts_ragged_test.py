@@ -17,7 +17,7 @@ from tiny_model import (
   tiny_config,
 )
 
-from st_moe import decoding, partitioning, train
+from st_moe import decoding, partitioning, preflight
 from st_moe.config import MeshConfig, ModelConfig, RouterConfig, RunConfig
 from st_moe.errors import UserError
 from st_moe.experts.grouped_matmul import BLOCK_ROWS, PIECE_ROWS
@@ -273,7 +273,7 @@ def test_the_run_log_says_what_was_chosen_and_why(caplog):
   router = RouterConfig(eval_dropless=True)
   model = ModelConfig(encoder_router=router, num_experts=32)
   with caplog.at_level(logging.INFO):
-    assert train.describe_dispatch(RunConfig(model=model), mesh) == 'gather'
+    assert preflight.describe_dispatch(RunConfig(model=model), mesh) == 'gather'
   assert caplog.messages == [
     'dispatch: gather (row gathers are the fastest form on cpu)',
     # 128 rows of 512 and 114 tokens; groups of 2048 asked for, 8 shards.

@@ -58,6 +58,18 @@ def test_a_run_is_finished_when_it_did_all_its_steps(tmp_path):
   assert status() == 1
 
 
+def test_a_run_that_stopped_early_is_finished(tmp_path):
+  def status(patience: int) -> int:
+    summary = {'step': 5, 'stopped_early': {'early_stopping': 3, 'why': ''}}
+    config = {'config': {'steps': 9, 'early_stopping': patience}}
+    (tmp_path / 'summary.json').write_text(json.dumps(summary))
+    (tmp_path / 'run.json').write_text(json.dumps(config))
+    return run(SCRIPTS / 'run_finished', tmp_path).returncode
+
+  assert status(patience=3) == 0
+  assert status(patience=4) == 1  # to be trained on
+
+
 @pytest.mark.parametrize(
   ('st_moe', 'status'),
   [

@@ -15,7 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 from tiny_model import tiny_config
 
-from st_moe import train
+from st_moe import evaluate, train
+from st_moe import trainer as trainer_module
+from st_moe.best import find_best
+from st_moe.checkpoint import find_steps
 from st_moe.config import (
   DataConfig,
   MeshConfig,
@@ -25,6 +28,7 @@ from st_moe.config import (
 )
 from st_moe.errors import RunStopped
 from st_moe.main import main
+from st_moe.workdir import WorkDirectory
 
 CONFIG = RunConfig(
   model=tiny_config(
@@ -153,7 +157,7 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
     'tokens_per_second',
   } <= set(summary)
   # Starting a finished run again changes nothing, and opens no data.
-  monkeypatch.setattr(train, 'open_data', None)
+  monkeypatch.setattr(trainer_module, 'open_data', None)
   capsys.readouterr()
   pretrain(config, tmp_path / 'broken')
   assert 'this run finished at step 12' in capsys.readouterr().out
@@ -171,6 +175,69 @@ def test_the_run_stops_itself_when_steps_stay_non_finite(
   with pytest.raises(RunStopped, match='3 steps in a row up to step'):
     pretrain(config, tmp_path)
   assert 'step skipped, state unchanged (1 in a row' in caplog.text
+
+
+def test_a_run_that_gets_no_better_stops_and_keeps_its_best(
+  corpus, tmp_path, monkeypatch, capsys
+):
+  """Patience goes on where it was when the run was interrupted."""
+  config = config_for(
+    corpus, eval_every=2, early_stopping=2, keep_last=1, checkpoint_every=5,
+    model=dataclasses.replace(CONFIG.model, num_experts=0),
+    mesh=MeshConfig(data=8),
+  )  # fmt: skip
+  losses = {2: 3.0, 4: 2.0, 6: 2.0, 8: 2.5}  # of equals the first is best
+  scored = evaluate.Evaluator.losses
+  stop_at = [7]
+
+  def scripted(evaluator, params):
+    return scored(evaluator, params) | {'eval/loss': losses[step[0]]}
+
+  step = [0]
+  train_step = trainer_module.step_program
+
+  def watched(*args):
+    program = train_step(*args)
+
+    def counted(state, batch):
+      step[0] = int(state.step) + 1
+      if step[0] in stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+      return program.step(state, batch)
+
+    return dataclasses.replace(program, step=counted)
+
+  monkeypatch.setattr(trainer_module, 'step_program', watched)
+  monkeypatch.setattr(evaluate.Evaluator, 'losses', scripted)
+  pretrain(config, tmp_path)
+  assert 'SIGTERM: saved step 7' in capsys.readouterr().out
+  best = {'metric': 'eval/loss', 'step': 4, 'value': 2.0}
+  assert json.loads((tmp_path / 'best.json').read_text()) == best
+  stop_at.clear()
+  pretrain(config, tmp_path)
+  out = capsys.readouterr().out
+  why = 'eval/loss has not been better than 2.0000 at step 4 in 2 evaluations'
+  assert f'stopped early, at step 8: {why}\n' in out
+  assert f'evaluate --workdir={tmp_path} --step=best\n' in out
+  assert json.loads((tmp_path / 'best.json').read_text()) == best
+  summary = json.loads((tmp_path / 'summary.json').read_text())
+  assert summary['step'] == 8
+  assert summary['best'] == best
+  assert summary['stopped_early'] == {'early_stopping': 2, 'why': why}
+  directory, steps = find_steps(tmp_path, None)
+  assert steps == [4, 8]
+  assert find_steps(tmp_path, 'best') == (directory, [4])
+  # Without the file of the best the next best is found, and no other named.
+  assert find_best(directory, [8]) == 8
+
+  # It has ended; with another patience it would go on.
+  pretrain(config, tmp_path)
+  out = capsys.readouterr().out
+  assert 'this run finished at step 8; to train on:' in out
+  assert '--gin.RunConfig.early_stopping=None --allow_config_change' in out
+  directory = WorkDirectory(tmp_path, True)
+  assert directory.finished(12, early_stopping=3) is None
+  assert directory.finished(12, early_stopping=2) == summary
 
 
 @pytest.mark.slow

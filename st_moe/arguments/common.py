@@ -86,6 +86,27 @@ def add_connection(command: Parser) -> None:
   )
 
 
+def add_step(command: Parser) -> None:
+  """Adds the flag that says which checkpoint of a run is meant."""
+  command.add_argument(
+    '--step',
+    type=_step,
+    metavar='N',
+    help="of the checkpoint, or 'best': the run's best by "
+    'RunConfig.best_metric (default: the newest)',
+  )
+
+
+def _step(text: str) -> Any:
+  if text == 'best':
+    return text
+  if not text.isdigit():
+    raise argparse.ArgumentTypeError(
+      f"{text!r} is neither a number of steps nor 'best'"
+    )
+  return int(text)
+
+
 def parse_mesh(text: str) -> dict[str, int]:
   """Reads 'data=8,expert=64'.
 

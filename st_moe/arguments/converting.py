@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from st_moe.arguments.common import Parser, add_command
+from st_moe.arguments.common import Parser, add_command, add_step
 
 # Kinds of `convert` whose gin flags change the model that is converted.
 CHANGE_A_MODEL = ('upcycle', 'experts')
@@ -45,7 +45,7 @@ def add_convert(subparsers: Any) -> dict[str, Parser]:
 def _add_changes(command: Parser) -> None:
   """Adds the flags of the kinds that make a model of ours of another."""
   add = command.add_argument
-  add('--step', type=int, help='of the checkpoint (default: the newest)')
+  add_step(command)
   add(
     '--noise',
     type=float,
@@ -119,9 +119,7 @@ def _add_hugging_face(importer: Parser, exporter: Parser) -> None:
   exporter.epilog = (
     'Example: st_moe convert to-hf models/flan_t5_small flan-t5-small'
   )
-  exporter.add_argument(
-    '--step', type=int, help='of the checkpoint (default: the newest)'
-  )
+  add_step(exporter)
   exporter.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16', 'float16'),

@@ -28,7 +28,7 @@ from st_moe.bench.shares import traced_shares
 from st_moe.bench.timing import Sample, Spread, flops, run_rounds, temp_bytes
 from st_moe.config import RunConfig, to_dict
 from st_moe.errors import RunStopped, UserError
-from st_moe.train import check_run
+from st_moe.preflight import check_run
 from st_moe.train_state import parameter_counts
 from st_moe.train_step import step_program
 

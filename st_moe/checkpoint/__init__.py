@@ -10,7 +10,7 @@ renaming and checked before anything is restored.
 """
 
 from st_moe.checkpoint.arrays import ArrayReader, ArrayWriter
-from st_moe.checkpoint.checkpointer import BEST_METRIC, Checkpointer
+from st_moe.checkpoint.checkpointer import Checkpointer
 from st_moe.checkpoint.reading import (
   Restored,
   RestoredItems,
@@ -24,7 +24,6 @@ from st_moe.checkpoint.reading import (
 __all__ = [
   'ArrayReader',
   'ArrayWriter',
-  'BEST_METRIC',
   'Checkpointer',
   'Restored',
   'RestoredItems',

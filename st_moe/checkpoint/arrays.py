@@ -18,6 +18,7 @@ import orbax.checkpoint.experimental.v1 as ocp_v1
 from jax.experimental import multihost_utils
 
 from st_moe import trees
+from st_moe.best import Step
 from st_moe.checkpoint.reading import (
   describe,
   find_steps,
@@ -46,12 +47,12 @@ class ArrayReader:
     tensors: the description (shape, dtype) of each array, by name.
   """
 
-  def __init__(self, path: Path, step: int | None, item: str = 'params'):
+  def __init__(self, path: Path, step: Step, item: str = 'params'):
     """Opens a checkpoint; verifies its files.
 
     Args:
       path: directory of checkpoints, or the work directory that holds it.
-      step: which; None for the newest that is whole.
+      step: which, or 'best'; None for the newest that is whole.
       item: 'params' or 'opt_state'.
 
     Raises:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
 from st_moe import trees
+from st_moe.best import rank
 from st_moe.checkpoint.reading import (
   ProcessBytesSave,
   Restored,
@@ -31,8 +32,6 @@ from st_moe.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-BEST_METRIC = 'eval/loss'  # the lowest is the best
-
 
 class Checkpointer:
   """Saves and restores the state of a run; the only writer of its directory.
@@ -41,33 +40,40 @@ class Checkpointer:
   checkpoints are as they were.
   """
 
-  def __init__(self, directory: Path, *, keep_last: int, keep_best: int):
+  def __init__(
+    self,
+    directory: Path,
+    *,
+    keep_last: int,
+    keep_best: int = 0,
+    metric: str = 'eval/loss',
+  ):
     """Opens the directory; removes what an interrupted save left.
 
     Args:
       directory: of the checkpoints; created when absent.
       keep_last: how many of the newest to keep.
-      keep_best: how many of those with the lowest `BEST_METRIC` to keep.
+      keep_best: how many to keep beside them, the best by `metric`.
+      metric: name of the score that decides; see best.py.
     """
     self._directory = Path(directory).absolute()
     self._keep_last = keep_last
     self._keep_best = keep_best
+    self._metric = metric
     self._saving: int | None = None
     silence_orbax()
     self._drop_unreadable_metrics()
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:
-    def value(metrics):
-      return metrics.get(BEST_METRIC, math.inf)
+    def value(scores):
+      return rank(self._metric, scores, int(scores.get('step', 0)))
 
     keep = checkpoint_managers.AnyPreservationPolicy(
       [
         checkpoint_managers.LatestN(self._keep_last),
-        # Keeps the last n of the sorted: reversed, the n lowest.
         checkpoint_managers.BestN(
           get_metric_fn=value,
-          reverse=True,
           n=self._keep_best,
           keep_checkpoints_without_metrics=False,
         ),
@@ -79,7 +85,6 @@ class Checkpointer:
         preservation_policy=keep,
         # Without a best_fn Orbax would not write the metrics.
         best_fn=value,
-        best_mode='min',
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._before_commit
@@ -106,7 +111,7 @@ class Checkpointer:
     state: TrainState,
     data_state: bytes,
     metadata: dict[str, Any],
-    metrics: dict[str, float] | None = None,
+    scores: dict[str, float] | None = None,
   ) -> None:
     """Copies the state off the devices and writes it in the background.
 
@@ -115,7 +120,7 @@ class Checkpointer:
       state: may be donated to the next step.
       data_state: where this process stands in its data.
       metadata: ready for JSON.
-      metrics: of an evaluation of this state, if there was one.
+      scores: of an evaluation of this state, if there was one.
 
     Raises:
       RuntimeError: when there is a checkpoint of this step or a later one.
@@ -123,7 +128,7 @@ class Checkpointer:
     self.wait()
     if not self._has_room(step, state):
       return
-    score = (metrics or {}).get(BEST_METRIC, math.nan)
+    finite = {k: v for k, v in (scores or {}).items() if math.isfinite(v)}
     self._saving = step
     try:
       accepted = self._manager.save(
@@ -136,7 +141,8 @@ class Checkpointer:
           data=ProcessBytesSave(data_state),
           metadata=ocp.args.JsonSave(metadata),
         ),
-        metrics={BEST_METRIC: score} if math.isfinite(score) else None,
+        # The step breaks ties.
+        metrics=finite | {'step': step} if finite else None,
       )
     except Exception as e:  # Whatever it is, training must go on.
       self._give_up(e)

@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 from jax.experimental import multihost_utils
 
 from st_moe import trees
+from st_moe.best import Step, find_best
 from st_moe.errors import UserError
 from st_moe.integrity import Damaged, verify
 from st_moe.train_state import TrainState
@@ -229,12 +230,12 @@ def read_state(directory: Path, abstract: TrainState) -> Restored:
   )
 
 
-def find_steps(path: Path, step: int | None) -> tuple[Path, list[int]]:
+def find_steps(path: Path, step: Step) -> tuple[Path, list[int]]:
   """Returns where checkpoints are, and which may be read; reads none.
 
   Args:
     path: directory of checkpoints, or the work directory that holds it.
-    step: the one that is wanted; None: any.
+    step: the one that is wanted, or 'best'; None: any.
 
   Raises:
     UserError: when there is none.
@@ -242,6 +243,8 @@ def find_steps(path: Path, step: int | None) -> tuple[Path, list[int]]:
   path = Path(path).absolute()
   directory = path / 'checkpoints' if (path / 'checkpoints').is_dir() else path
   steps = steps_in(directory)
+  if step == 'best' and steps:
+    return directory, [find_best(directory, steps)]
   if not steps or (step is not None and step not in steps):
     wanted = 'checkpoint' if step is None else f'checkpoint of step {step}'
     raise UserError(
@@ -251,13 +254,13 @@ def find_steps(path: Path, step: int | None) -> tuple[Path, list[int]]:
 
 
 def restore_params(
-  path: Path, step: int | None, abstract_params: Any
+  path: Path, step: Step, abstract_params: Any
 ) -> RestoredParams:
   """Reads the parameters alone; changes nothing on disk.
 
   Args:
     path: directory of checkpoints, or the work directory that holds it.
-    step: which; None for the newest that is whole.
+    step: which, or 'best'; None for the newest that is whole.
     abstract_params: tree of ShapeDtypeStructs with shardings.
 
   Raises:
@@ -269,14 +272,14 @@ def restore_params(
 
 def restore_items(
   path: Path,
-  step: int | None,
+  step: Step,
   wanted: Callable[[dict[str, dict[str, Any]]], dict[str, Any]],
 ) -> RestoredItems:
   """Reads some items of a checkpoint; changes nothing on disk.
 
   Args:
     path: directory of checkpoints, or the work directory that holds it.
-    step: which; None for the newest that is whole.
+    step: which, or 'best'; None for the newest that is whole.
     wanted: given the description (shape, dtype) of each stored array, by item
       and name, returns for each item to read a tree of ShapeDtypeStructs with
       shardings.

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any, Literal
 
 from st_moe.checks import Checked
+from st_moe.config.evaluation import EvaluationConfig
+from st_moe.config.health import HealthConfig
 from st_moe.config.model import ModelConfig
 
 
@@ -182,6 +184,8 @@ class RunConfig(Checked):
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
+  health: HealthConfig = HealthConfig()
 
   steps: int = 1000
   batch_size: int = 128  # sequences, over all devices
@@ -192,7 +196,8 @@ class RunConfig(Checked):
   # another run, or of a directory of checkpoints, read while the run has no
   # checkpoint of its own.
   initial_checkpoint: str | None = None
-  initial_step: int | None = None  # which of its steps; None: the newest
+  # Which of its steps; None: the newest.
+  initial_step: int | Literal['best'] | None = None
   # 'fresh': a new optimizer and step 0. 'carried': the optimizer's state and
   # the step of those weights go on, as in T5X.
   initial_optimizer: Literal['fresh', 'carried'] = 'fresh'
@@ -202,7 +207,14 @@ class RunConfig(Checked):
   eval_batches: int = 20
   checkpoint_every: int = 1000
   keep_last: int = 2
-  keep_best: int = 1  # by held-out loss
+  keep_best: int = 1  # by `best_metric`
+  # The score that says which step is the best, as metrics.jsonl names it: of a
+  # loss the lowest, of any other the highest, of equals the earliest. 'auto':
+  # 'eval/score', the mean over tasks with answers, where there are any, else
+  # 'eval/loss'. '': none. The best is saved when it is found.
+  best_metric: str = 'auto'
+  # The run ends after this many evaluations without a better one; None: never.
+  early_stopping: int | None = None
   # A step whose loss or gradients are not finite changes nothing; after this
   # many in a row the run stops itself (exit status 3).
   max_nonfinite_steps: int = 10
@@ -215,9 +227,16 @@ class RunConfig(Checked):
   def check(self) -> None:
     self.require_positive(
       'steps batch_size microbatches log_every eval_every eval_batches '
-      'checkpoint_every keep_last max_nonfinite_steps unigram_batches'
+      'checkpoint_every keep_last max_nonfinite_steps unigram_batches '
+      'early_stopping'
     )
-    self.require_nonnegative('seed keep_best num_samples initial_step')
+    self.require_nonnegative('seed keep_best num_samples')
+    if self.initial_step != 'best':
+      self.require_nonnegative('initial_step')
+    self.require(
+      self.early_stopping is None or self.best_metric != '',
+      f'early_stopping {self.early_stopping} needs a best_metric to wait for',
+    )
     self.require(
       self.initial_checkpoint is not None
       or (self.initial_step is None and self.initial_optimizer == 'fresh'),

@@ -17,6 +17,7 @@ import numpy as np
 from rich.progress import track
 
 from st_moe import losses, trees
+from st_moe.best import Step
 from st_moe.bindings import Binding, Resolver, flatten
 from st_moe.checkpoint import ArrayReader, find_steps
 from st_moe.config import ModelConfig, RunConfig
@@ -60,7 +61,7 @@ def written_out(config: ModelConfig) -> ModelConfig:
   return dataclasses.replace(config, scan_layers=False)
 
 
-def open_model(path: Path, step: int | None) -> OwnModel:
+def open_model(path: Path, step: Step) -> OwnModel:
   """Opens a model directory or a run; reads no array.
 
   Raises:

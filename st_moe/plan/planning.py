@@ -22,7 +22,7 @@ from st_moe.plan.collectives import (
 )
 from st_moe.plan.devices import describe_devices
 from st_moe.plan.targets import Target
-from st_moe.train import check_run
+from st_moe.preflight import check_run
 from st_moe.train_step import StepProgram, step_program
 
 # What a JAX process takes of a GPU's memory unless told otherwise

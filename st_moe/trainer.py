@@ -1,0 +1,193 @@
+"""The parts of a run, checked, made and restored, that its loop works with."""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from st_moe import evaluate, initialize, metrics, partitioning, processes
+from st_moe.alarms import Alarms
+from st_moe.best import BEST_FILE, BestStep, choose_metric
+from st_moe.checkpoint import Checkpointer, steps_in
+from st_moe.config import DataConfig, RunConfig
+from st_moe.data.pipeline import open_data
+from st_moe.model_directory import FoundModel, find_model
+from st_moe.preflight import check_run, describe_run
+from st_moe.train_state import TrainState
+from st_moe.train_step import step_program
+from st_moe.workdir import WorkDirectory, write_json
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Trainer:
+  """The parts of a run, made by `start`, that the loop works with."""
+
+  config: RunConfig
+  workdir: WorkDirectory
+  data: Any
+  mesh: Mesh
+  state: TrainState
+  checkpointer: Checkpointer
+  writer: metrics.MetricsWriter
+  batches: Any
+  rows: list[dict[str, float]]
+  train_step: Callable
+  evaluator: evaluate.Evaluator
+  best: BestStep
+  alarms: Alarms
+
+  def evaluate(self, step: int) -> dict[str, float]:
+    """Scores the parameters and writes the scores; all processes get them."""
+    scores = self.evaluator.losses(self.state.params)
+    # Of one process, since they decide what all do next.
+    scores = processes.from_leader(scores)
+    self.writer.write(step, scores)
+    return scores
+
+  def save(self, step: int, scores: dict[str, float] | None = None) -> None:
+    """Saves state, data position and the unfinished log interval.
+
+    Args:
+      step: steps done.
+      scores: of an evaluation of this very state, if there was one.
+    """
+    self.writer.flush()
+    self.checkpointer.save(
+      step,
+      self.state,
+      data_state=self.batches.get_state(),
+      metadata={
+        'interval': self.rows,
+        'best': self.best.state(),
+        'health': self.alarms.state(),
+      },
+      scores=scores,
+    )
+    self.write_best()
+
+  def write_best(self) -> None:
+    """Writes best.json: the score that decides, and the best so far."""
+    if self.best.step is not None and processes.is_leader():
+      write_json(self.workdir.path / BEST_FILE, self.best.record())
+
+
+def _beginnings(
+  config: RunConfig, workdir: WorkDirectory
+) -> tuple[DataConfig, FoundModel | None]:
+  """Returns what to read, and whose weights a run begins with, if any."""
+  data_config = workdir.data_config(config.data)
+  if steps_in(workdir.checkpoints):
+    if config.initial_checkpoint:  # which may be gone by now
+      own = find_model(workdir.path)
+      data_config = initialize.with_vocabulary(data_config, own)
+    return data_config, None
+  source = initialize.find_source(config)
+  if source:
+    data_config = initialize.with_vocabulary(data_config, source)
+  return data_config, source
+
+
+def _open_data(
+  config: RunConfig, workdir: WorkDirectory, mesh: Mesh, *, allow_change: bool
+) -> tuple[Any, DataConfig, FoundModel | None]:
+  """Returns the data, its settings, and whose weights a run begins with.
+
+  Raises:
+    UserError: when data, model, mesh and weights do not go together.
+  """
+  data_config, source = _beginnings(config, workdir)
+  data = open_data(data_config, seed=config.seed, cache_root=None)
+  check_run(config, data.vocabulary.vocab_size, mesh)
+  workdir.check_data(data.fingerprint, allow=allow_change)
+  if source:
+    initialize.check_vocabulary(
+      data.fingerprint['vocabulary'], data_config, source
+    )
+  return data, data_config, source
+
+
+def start(
+  config: RunConfig,
+  workdir: WorkDirectory,
+  *,
+  operative_config: str,
+  command: list[str],
+  allow_config_change: bool,
+) -> Trainer:
+  """Checks everything, restores or initializes, then writes run.json."""
+  mesh = partitioning.make_mesh(config.mesh)
+  processes.check_joined()
+  part = partitioning.batch_part(mesh)
+  data, data_config, source = _open_data(
+    config, workdir, mesh, allow_change=allow_config_change
+  )
+  best = BestStep(
+    choose_metric(config.best_metric, evaluate.HELD_OUT_SCORES),
+    config.early_stopping,
+  )
+  alarms = Alarms(config.health, config.model, workdir.path)
+  log.info('building the model')
+  program = step_program(config, mesh)  # what cannot be divided is found here
+
+  batches = data.train_batches(
+    config.batch_size, process_index=part.index, process_count=part.count
+  )
+  processes.check_same(data.fingerprint, 'give every process the same data')
+  checkpointer = Checkpointer(
+    workdir.checkpoints,
+    keep_last=config.keep_last,
+    keep_best=config.keep_best if best.metric else 0,
+    metric=best.metric,
+  )
+  # The latest good checkpoint of the run, else given weights, else scratch.
+  origin: dict[str, Any] = {}
+  rows: list[dict[str, float]] = []
+  if checkpointer.latest_step() is not None:
+    restored = checkpointer.restore(None, program.abstract)
+    state, rows = restored.state, list(restored.metadata['interval'])
+    batches.set_state(restored.data_state)
+    best.restore(restored.metadata.get('best'))
+    alarms.restore(restored.metadata.get('health'))
+    log.info('resumed at step %d', restored.step)
+  elif source:
+    begun = initialize.initial_state(config, program, source, mesh)
+    state = begun.state
+    vocabulary = {'vocabulary': data_config.vocabulary}
+    origin = {'initial_weights': begun.record | vocabulary}
+  else:
+    state = program.initial_state()
+  workdir.keep_vocabulary(data.vocabulary.spec)
+  workdir.record(
+    config,
+    operative_config=operative_config,
+    command=command,
+    details={
+      'data': data.fingerprint,
+      **describe_run(config, program.shapes, mesh),
+      **origin,
+    },
+  )
+  writer = metrics.MetricsWriter(workdir.path, tensorboard=config.tensorboard)
+  writer.truncate_after(int(state.step))
+  processes.settle()
+  trainer = Trainer(
+    config=config,
+    workdir=workdir,
+    data=data,
+    mesh=mesh,
+    state=state,
+    checkpointer=checkpointer,
+    writer=writer,
+    batches=batches,
+    rows=rows,
+    train_step=program.step,
+    evaluator=evaluate.Evaluator(config, data, mesh),
+    best=best,
+    alarms=alarms,
+  )
+  trainer.write_best()
+  return trainer
