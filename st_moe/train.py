@@ -25,6 +25,10 @@ def run_steps(
   The end is the last step, or an evaluation with which patience is over.
   Order at a step: train, log, evaluate, save. The data iterator moves only
   after the save of the step before.
+
+  Args:
+    trainer: from `start`.
+    progress: where to show it; None: by itself.
   """
   config, best = trainer.config, trainer.best
   step = saved = int(trainer.state.step)

@@ -101,7 +101,10 @@ def files_of(workdir):
 
 
 @pytest.mark.slow
-def test_a_study_killed_twice_gives_the_same_report(argv, tmp_path, capsys):
+def test_a_study_killed_twice_gives_the_same_report(
+  argv, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.delenv('JAX_COMPILATION_CACHE_DIR')
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   (ended,) = start(argv, whole).succeed()
   saved = broken / 'runs' / 'plain' / 'seed_0' / 'checkpoints' / '4'
