@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from st_moe import evaluate, initialize, metrics, partitioning, processes
+from st_moe.alarms import Alarms
 from st_moe.best import BEST_FILE, BestStep, choose_metric
 from st_moe.checkpoint import Checkpointer, steps_in
 from st_moe.config import DataConfig, RunConfig
@@ -37,6 +38,7 @@ class Trainer:
   train_step: Callable
   evaluator: evaluate.Evaluator
   best: BestStep
+  alarms: Alarms
 
   def evaluate(self, step: int) -> dict[str, float]:
     """Scores the parameters and writes the scores; all processes get them."""
@@ -58,7 +60,11 @@ class Trainer:
       step,
       self.state,
       data_state=self.batches.get_state(),
-      metadata={'interval': self.rows, 'best': self.best.state()},
+      metadata={
+        'interval': self.rows,
+        'best': self.best.state(),
+        'health': self.alarms.state(),
+      },
       scores=scores,
     )
     self.write_best()
@@ -123,7 +129,7 @@ def start(
     choose_metric(config.best_metric, evaluate.HELD_OUT_SCORES),
     config.early_stopping,
   )
-
+  alarms = Alarms(config.health, config.model, workdir.path)
   log.info('building the model')
   program = step_program(config, mesh)  # what cannot be divided is found here
 
@@ -142,10 +148,10 @@ def start(
   rows: list[dict[str, float]] = []
   if checkpointer.latest_step() is not None:
     restored = checkpointer.restore(None, program.abstract)
-    state = restored.state
+    state, rows = restored.state, list(restored.metadata['interval'])
     batches.set_state(restored.data_state)
-    rows = list(restored.metadata['interval'])
     best.restore(restored.metadata.get('best'))
+    alarms.restore(restored.metadata.get('health'))
     log.info('resumed at step %d', restored.step)
   elif source:
     begun = initialize.initial_state(config, program, source, mesh)
@@ -181,6 +187,7 @@ def start(
     train_step=program.step,
     evaluator=evaluate.Evaluator(config, data, mesh),
     best=best,
+    alarms=alarms,
   )
   trainer.write_best()
   return trainer

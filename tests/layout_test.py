@@ -44,6 +44,7 @@ FLOORS = {
   'integrity': 4,
   'checkpoint': 4,
   'metrics': 4,
+  'alarms': 4,
   'workdir': 4,
   'model_directory': 4,
   'report': 4,

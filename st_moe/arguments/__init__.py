@@ -18,6 +18,7 @@ from st_moe.arguments.running import (
   add_finetune,
   add_predict,
   add_pretrain,
+  add_trace,
   add_vocab,
 )
 from st_moe.errors import UserError, did_you_mean
@@ -48,6 +49,7 @@ def _make_parser() -> tuple[Parser, dict[str, Parser]]:
     'finetune': add_finetune(subparsers),
     'evaluate': add_evaluate(subparsers),
     'predict': add_predict(subparsers),
+    'trace': add_trace(subparsers),
     'config': add_config(subparsers),
     'vocab': add_vocab(subparsers),
     'cache': add_cache(subparsers),

@@ -150,6 +150,56 @@ def add_predict(subparsers: Any) -> Parser:
   return command
 
 
+def add_trace(subparsers: Any) -> Parser:
+  command = add_command(
+    subparsers,
+    'trace',
+    'see which tokens go to which expert, as numbers and as coloured text',
+    '--checkpoint=runs/quickstart',
+  )
+  add = command.add_argument
+  add(
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a run, or a model that `st_moe convert` made',
+  )
+  add('--step', type=int, help='of the checkpoint (default: the newest)')
+  add(
+    '--input',
+    metavar='FILE',
+    help='text, one row a line; spans are masked, but for lines '
+    "INPUTS<tab>TARGETS (default: the run's held-out text)",
+  )
+  add(
+    '--output',
+    metavar='DIR',
+    help='for trace.html, trace.md and trace.json (default: CHECKPOINT/trace)',
+  )
+  add(
+    '--batches',
+    type=int,
+    metavar='N',
+    help='at most (default: RunConfig.eval_batches)',
+  )
+  add(
+    '--rows',
+    type=int,
+    default=24,
+    metavar='N',
+    help='shown word by word on the page (24)',
+  )
+  add(
+    '--capacity',
+    choices=('eval', 'train', 'none'),
+    default='eval',
+    help='of experts: as in evaluation (the default), as in training, or '
+    'nothing is dropped',
+  )
+  add_connection(command)
+  return command
+
+
 def add_config(subparsers: Any) -> Parser:
   command = add_command(
     subparsers,

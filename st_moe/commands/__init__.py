@@ -19,5 +19,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'cache': texts.cache,
   'bench': models.bench,
   'plan': models.plan,
+  'trace': models.trace,
   'convert': models.convert,
 }

@@ -1,34 +1,63 @@
-"""Commands on a model: `evaluate`, `predict`, `bench`, `plan`, `convert`."""
+"""Commands on a model: `evaluate`, `predict`, `trace`, `bench` and so on."""
 
 import argparse
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from st_moe import arguments, processes
 from st_moe.bindings import Binding
 from st_moe.commands import starting
+from st_moe.config import RunConfig
 from st_moe.errors import UserError
+from st_moe.workdir import CONFIG_FILE, MODEL_FILE
 
 log = logging.getLogger(__name__)
 
 _EVALUATE_FILE = 'gin_configs/runs/evaluate.gin'
 
 
+def _directory(name: str) -> Path:
+  """Returns the directory of a run or a model, named by its checkpoints too."""
+  path = Path(name)
+  return path.parent if path.name == 'checkpoints' else path
+
+
+def _of_a_model(
+  args: argparse.Namespace,
+  path: Path,
+  flags: Sequence[Binding] = (),
+  *,
+  of_text: bool = False,
+) -> RunConfig:
+  """Returns the configuration of a run or a model, and of later files.
+
+  Args:
+    args: of the command line.
+    path: of the run or the model.
+    flags: bindings of the command's own.
+    of_text: the command reads text; TASK and the other macros of
+      runs/evaluate.gin may name it without that file.
+  """
+  found = starting.gin_file_of(path)
+  if found is None:
+    raise UserError(
+      f'{path} holds no model: it has no {CONFIG_FILE} and no {MODEL_FILE}; '
+      'give the work directory of a run, or a model that `st_moe convert` made'
+    )
+  files = [str(found), *args.gin_file]
+  macros = any(one.is_macro for one in args.gin_bindings)
+  if of_text and macros and not args.gin_file:
+    files.append(_EVALUATE_FILE)
+  return starting.configure(args, files, flags)
+
+
 def evaluate(args: argparse.Namespace) -> None:
   """Losses of a checkpoint on held-out text, or its answers to tasks."""
   starting.connect(args, stop_signals=False)
-  workdir = Path(args.workdir)
-  found = starting.gin_file_of(workdir)
-  if found is None:
-    raise UserError(
-      f'{workdir} holds no run: it has no config.gin; give the --workdir of '
-      '`st_moe pretrain`, or a model that `st_moe convert` made'
-    )
-  files = [str(found), *args.gin_file]
-  if not args.gin_file and any(one.is_macro for one in args.gin_bindings):
-    files.append(_EVALUATE_FILE)  # TASK and the others are its macros
-  config = starting.configure(args, files, _test_split(args))
+  workdir = _directory(args.workdir)
+  config = _of_a_model(args, workdir, _test_split(args), of_text=True)
   if not args.resolver.binds('DataConfig'):
     raise UserError(
       f'{workdir} is a model without a run and has no held-out text of its '
@@ -65,16 +94,7 @@ def predict(args: argparse.Namespace) -> None:
   _check_decoding(args)
   if processes.is_leader():
     _check_files(args)
-  checkpoint = Path(args.checkpoint)
-  found = starting.gin_file_of(
-    checkpoint.parent if checkpoint.name == 'checkpoints' else checkpoint
-  )
-  if found is None:
-    raise UserError(
-      f'--checkpoint={checkpoint} holds no model: it has no config.gin and no '
-      'model.gin; give the work directory of a run, or a model that `st_moe '
-      'convert` made'
-    )
+  checkpoint = _directory(args.checkpoint)
   flags = []
   if args.max_new_tokens is not None:
     flags.append(
@@ -82,7 +102,7 @@ def predict(args: argparse.Namespace) -> None:
         'DataConfig.targets_length', args.max_new_tokens, '--max_new_tokens'
       )
     )
-  config = starting.configure(args, [str(found), *args.gin_file], flags)
+  config = _of_a_model(args, checkpoint, flags)
   starting.prepare(args, say_on='stderr')
   starting.check_same(args, config)
   log.info('loading JAX')
@@ -155,6 +175,34 @@ def _check_decoding(args: argparse.Namespace) -> None:
       f'--length_penalty={args.length_penalty} compares the texts of several '
       'beams; add --num_beams=N'
     )
+
+
+def trace(args: argparse.Namespace) -> None:
+  """Which tokens go to which expert."""
+  starting.connect(args, stop_signals=False)
+  checkpoint = _directory(args.checkpoint)
+  config = _of_a_model(args, checkpoint, of_text=True)
+  if not args.resolver.binds('DataConfig') and args.input is None:
+    raise UserError(
+      f'{checkpoint} is a model without a run and has no held-out text of its '
+      'own; add --input=FILE, or --gin.TASK=text --gin.FILES=FILE'
+    )
+  starting.prepare(args)
+  starting.check_same(args, config)
+  log.info('loading JAX')
+  from st_moe.trace import tracing
+
+  request = tracing.Request(
+    checkpoint=checkpoint,
+    step=args.step,
+    input=None if args.input is None else Path(args.input),
+    output=Path(args.output or checkpoint / 'trace'),
+    batches=config.eval_batches if args.batches is None else args.batches,
+    rows=args.rows,
+    capacity=args.capacity,
+  )
+  tracing.check(request)
+  tracing.trace(config, request)
 
 
 def bench(args: argparse.Namespace) -> None:

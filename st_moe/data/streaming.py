@@ -50,6 +50,8 @@ _EVAL_SEED = 0
 _PREFETCHED_BATCHES = 2
 # Held-out documents to look through for sentences to show.
 _SENTENCE_DOCUMENTS = 1000
+# Training examples of a task whose lengths are counted at most.
+_LOOKED_AT = 30_000
 # What the stream is a function of, besides seed and text.
 _LIBRARIES = ('numpy', 'seqio', 'sentencepiece', 'tensorflow')
 
@@ -100,7 +102,13 @@ def _tell_cuts(
   config: DataConfig,
   vocabulary: Vocabulary,
 ) -> None:
-  """Logs how many training examples are longer than a row."""
+  """Logs how many training examples are longer than a row.
+
+  Of very many examples every k-th is looked at, and the line says so.
+  """
+  step = -(-len(examples) // _LOOKED_AT)
+  among = '' if step == 1 else f', one in {step} looked at,'
+  examples = examples[::step]
   for feature, limit in (
     ('inputs', config.inputs_length),
     ('targets', config.targets_length),
@@ -111,12 +119,13 @@ def _tell_cuts(
     count = sum(getattr(example, feature) in long for example in examples)
     if count:
       log.warning(
-        '%s: %s of %s %s to train on have more than the %d tokens of '
+        '%s: %s of %s %s to train on%s have more than the %d tokens of '
         'DataConfig.%s_length, and are cut',
         name,
         f'{count:,}',
         f'{len(examples):,}',
         feature,
+        among,
         limit,
         feature,
       )

@@ -29,6 +29,7 @@ EOS_ID = 1
 UNK_ID = 2
 NUM_BYTES = 256
 NUM_SPECIAL_IDS = 3  # pad, end of sequence, unknown
+_SPECIAL_PIECES = {PAD_ID: '<pad>', EOS_ID: '</s>', UNK_ID: '<unk>'}
 
 # Unigram training sums expectations per thread, so the model depends on this
 # number: fixed, that the same text gives the same file on every machine.
@@ -77,6 +78,14 @@ class Vocabulary(abc.ABC):
     embedding rows, beyond `vocab_size`, read as unknown.
     """
 
+  @abc.abstractmethod
+  def piece(self, i: int) -> str:
+    """Returns one id as SentencePiece writes it: '\u2581' stands for a space.
+
+    Sentinels read `<extra_id_k>`, what no text has `<pad>`, `</s>`, `<unk>`;
+    a byte that is no ASCII character reads `<0xE2>`.
+    """
+
   @property
   @abc.abstractmethod
   def model_sha256(self) -> str:
@@ -116,6 +125,16 @@ class ByteVocabulary(Vocabulary):
 
   def __init__(self, extra_ids: int):
     super().__init__('byte', NUM_SPECIAL_IDS + NUM_BYTES, extra_ids)
+
+  def piece(self, i: int) -> str:
+    if self.is_sentinel(i):
+      return f'<extra_id_{self.vocab_size - 1 - i}>'
+    if i < NUM_SPECIAL_IDS or i >= self.vocab_size:
+      return _SPECIAL_PIECES.get(i, '<unk>')
+    byte = i - NUM_SPECIAL_IDS
+    if byte == ord(' '):
+      return '\u2581'
+    return chr(byte) if byte < 128 else f'<0x{byte:02X}>'
 
   @property
   def model_sha256(self) -> str:
@@ -174,6 +193,13 @@ class SentencePieceVocabulary(Vocabulary):
     super().__init__(path, base.get_piece_size(), extra_ids)
     self._model_sha256 = hashlib.sha256(model).hexdigest()
     self._processor = _load_processor(model + _sentinels(extra_ids), path)
+
+  def piece(self, i: int) -> str:
+    if self.is_sentinel(i):
+      return f'<extra_id_{self.vocab_size - 1 - i}>'
+    if i in _SPECIAL_PIECES or i >= self.vocab_size:
+      return _SPECIAL_PIECES.get(i, '<unk>')
+    return self._processor.id_to_piece(int(i))
 
   @property
   def model_sha256(self) -> str:

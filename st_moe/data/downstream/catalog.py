@@ -10,14 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from st_moe.config import DataConfig
-from st_moe.data.downstream import pronouns, superglue
+from st_moe.data.downstream import (
+  glue,
+  pronouns,
+  question_answering,
+  reasoning,
+  summaries,
+  superglue,
+)
 from st_moe.data.downstream.example import AnswerTask, Example
 from st_moe.data.sources import reading
 from st_moe.errors import UserError, did_you_mean
 
 _TASKS = {
   task.name: task
-  for task in (*superglue.TASKS, *superglue.DIAGNOSTICS, pronouns.DPR)
+  for task in (
+    *superglue.TASKS,
+    *superglue.DIAGNOSTICS,
+    pronouns.DPR,
+    *glue.TASKS,
+    question_answering.SQUAD_V2,
+    *reasoning.ANLI,
+    reasoning.WINOGRANDE,
+    *reasoning.ARC,
+    summaries.XSUM,
+    summaries.CNN_DAILYMAIL,
+    question_answering.NATURAL_QUESTIONS,
+    question_answering.WEB_QUESTIONS,
+    question_answering.TRIVIA_QA,
+  )
 }
 # Each of its tasks in proportion to its examples. Of those, some are only
 # trained on, or only scored: they have no other split.
@@ -29,6 +50,11 @@ _MIXTURES = {
     pronouns.DPR.name,
     *(task.name for task in superglue.TASKS),
   ),
+  # Without WNLI, as T5's, and BERT's average: its development set contradicts
+  # its training data.
+  'glue': tuple(t.name for t in glue.TASKS if t.name != 'glue.wnli'),
+  'anli': tuple(task.name for task in reasoning.ANLI),
+  'arc': tuple(task.name for task in reasoning.ARC),
 }
 _UNCAPPED = ('superglue_t5',)
 _SCORED_SPLIT = 'validation'

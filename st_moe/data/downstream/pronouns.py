@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from st_moe.data.downstream import answers, metrics
-from st_moe.data.downstream.example import AnswerTask, Example
+from st_moe.data.downstream.example import AnswerTask, Example, Prepared
 from st_moe.data.downstream.formats import BOOLS, classified
 from st_moe.data.downstream.published import Files, Rows, lines
 from st_moe.data.downstream.rows import label_index, texts, wrong_row
@@ -109,8 +109,17 @@ def _dpr(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   return [classified(f'wsc: {marked}', tuple(candidates), label)]
 
 
+def _wsc_from_tfds(row: Mapping[str, Any]) -> dict[str, Any]:
+  return {**row, 'target': row}
+
+
 WSC = AnswerTask(
-  'superglue.wsc', Files(('WSC',)), _wsc, answers.wsc, metrics.accuracy
+  'superglue.wsc',
+  Files(('WSC',)),
+  Prepared('super_glue/wsc.fixed', row=_wsc_from_tfds),  # T5's
+  _wsc,
+  answers.wsc,
+  metrics.accuracy,
 )
 DPR = AnswerTask(
   'superglue.dpr',
@@ -119,6 +128,7 @@ DPR = AnswerTask(
     {'train': ('train.c.txt',), 'test': ('test.c.txt',)},
     _dpr_rows,
   ),
+  Prepared('definite_pronoun_resolution'),
   _dpr,
   answers.choice,
   metrics.accuracy,

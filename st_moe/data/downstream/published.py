@@ -6,8 +6,9 @@ a place in a JSON document, and begins every message about the row.
 
 import dataclasses
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ Rows = Iterator[tuple[str, Row]]
 
 _BYTE_ORDER_MARK = '\ufeff'
 
+log = logging.getLogger(__name__)
+
 
 def json_lines(path: Path, split: str) -> Rows:
   """Yields the rows of a file that has one JSON object a line."""
@@ -26,6 +29,76 @@ def json_lines(path: Path, split: str) -> Rows:
   for where, line in lines(path):
     if line.strip():
       yield where, json_object(line, where)
+
+
+def table(
+  path: Path,
+  split: str,
+  *,
+  columns: Mapping[str, str],
+  header: Sequence[str] | None = None,
+  skip_short: bool = False,
+) -> Rows:
+  """Yields the rows of a file of values between tabs, without quoting.
+
+  Args:
+    path: of the file.
+    split: any.
+    columns: {name in the row: column of the file}. A column that the file
+      does not have is not in the row. A 'label' of digits becomes a number;
+      'idx' is the number of the row.
+    header: names of the columns; None: the first line names them.
+    skip_short: whether lines without some of `columns` are left out, and
+      counted; otherwise they are an error.
+
+  Raises:
+    UserError: a line without some of the columns, unless they are skipped.
+  """
+  del split
+  number, short, names = 0, 0, header
+  for where, line in lines(path):
+    if not line.strip():
+      continue
+    values = line.split('\t')
+    if names is None:
+      names = values
+      continue
+    found: dict[str, Any] = {
+      name: values[names.index(column)]
+      for name, column in columns.items()
+      if column in names[: len(values)]
+    }
+    number += 1
+    missing = [c for n, c in columns.items() if c in names and n not in found]
+    if found.get('label', '').isdecimal():
+      found['label'] = int(found['label'])
+    if not missing:
+      yield where, found | {'idx': number - 1}
+    elif skip_short:
+      short += 1
+    else:
+      raise UserError(
+        f'{where}: {len(values)} values between tabs, and no {missing[0]!r} '
+        f'(there are {len(names)} columns); fix or remove the line'
+      )
+  if short:
+    log.warning(
+      '%s: lines without all columns, left out: %s', show(path), short
+    )
+
+
+def document(path: Path) -> Any:
+  """Returns what a JSON file holds.
+
+  Raises:
+    UserError: it cannot be read, or is not JSON: with the line.
+  """
+  try:
+    return json.loads(read_text(path))
+  except json.JSONDecodeError as error:
+    raise UserError(
+      f'{show(path)}:{error.lineno}: not JSON ({error}); fetch it again'
+    ) from None
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -117,23 +190,26 @@ class Files:
     """Returns the file of a split in a folder; None: it is not there.
 
     Args:
-      root: holds the task's folder, at any depth of `folders`; or is that
-        folder itself, by its name.
+      root: holds one of `folders`, or is one by its name; or holds the file
+        itself, if its name says whose it is ('train.jsonl' does not).
       split: one of `names`.
     """
-    folders = [root / folder for folder in self.folders]
-    if any(_alike(root.name, Path(folder).name) for folder in self.folders):
-      folders.append(root)
-    for folder in folders:
+    own = any(_alike(root.name, Path(folder).name) for folder in self.folders)
+    for folder in (*self.folders, '.'):
       for name in self.names[split]:
-        if (folder / name).is_file():
-          return folder / name
+        there = folder != '.' or own or not _says_only_split(name)
+        if there and (root / folder / name).is_file():
+          return root / folder / name
     return None
 
 
-def _plain(name: str) -> str:
-  return re.sub(r'[\W_]', '', name).lower()
-
-
 def _alike(one: str, other: str) -> bool:
-  return bool(_plain(one)) and _plain(one) == _plain(other)
+  """Whether names differ in capitals, spaces and signs alone."""
+  one, other = (re.sub(r'[\W_]', '', name).lower() for name in (one, other))
+  return bool(one) and one == other
+
+
+def _says_only_split(name: str) -> bool:
+  """Whether the file of any task may have this name."""
+  stem = Path(name).name.partition('.')[0]
+  return stem in ('train', 'val', 'dev', 'validation', 'test')

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from st_moe.data.downstream import answers, metrics, pronouns
-from st_moe.data.downstream.example import AnswerTask, Example
+from st_moe.data.downstream.example import AnswerTask, Example, Prepared
 from st_moe.data.downstream.formats import (
   BOOLS,
   UNLABELLED,
@@ -34,6 +34,7 @@ def _multirc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
     passage, index = row['passage'], row.get('idx')
     paragraph = _without_markup(passage['text'])
     for number, question in enumerate(passage['questions']):
+      group = _group(where, index, question.get('idx'), number)
       for answer in question['answers']:
         inputs = {
           'question': _without_markup(question['question']),
@@ -52,7 +53,7 @@ def _multirc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
             BOOLS,
             label,
             idx=idx,
-            group=f'{where}#{number}',
+            group=group,
           )
         )
   except (AttributeError, KeyError, TypeError):
@@ -72,9 +73,7 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   try:
     text = row['passage']['text']
     spans = row['passage']['entities']
-    entities = tuple(
-      sorted({text[span['start'] : span['end'] + 1] for span in spans})
-    )
+    entities = tuple(sorted({_entity(text, span) for span in spans}))
     passage = re.sub(r'(\.|\?|\!|\"|\')\n@highlight\n', r'\1 ', text)
     passage = re.sub(r'\n@highlight\n', '. ', passage)
     for number, question in enumerate(row['qas']):
@@ -99,7 +98,7 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
             entities,
             answers=right,
             idx=idx,
-            group=f'{where}#{number}',
+            group=_group(where, row.get('idx'), question.get('idx'), number),
           )
         )
   except (AttributeError, KeyError, TypeError):
@@ -107,6 +106,47 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
       where, 'passage.text and entities, qas[].query and answers'
     ) from None
   return examples
+
+
+def _entity(text: str, span: Mapping[str, Any] | str) -> str:
+  """Returns what a span, its end included, covers; tfds has the text."""
+  if isinstance(span, str):
+    return span
+  return text[span['start'] : span['end'] + 1]
+
+
+def _group(where: str, passage: Any, question: Any, number: int) -> str:
+  """Names a question or query: by its published numbers, or its place."""
+  if passage is None or question is None:
+    return f'{where}#{number}'
+  return f'{passage}-{question}'
+
+
+def _multirc_from_tfds(row: Mapping[str, Any]) -> dict[str, Any]:
+  """One row for each answer there."""
+  answer = {
+    'text': row['answer'],
+    'label': row['label'],
+    'idx': row['idx']['answer'],
+  }
+  question = {
+    'question': row['question'],
+    'idx': row['idx']['question'],
+    'answers': [answer],
+  }
+  passage = {'text': row['paragraph'], 'questions': [question]}
+  return {'idx': row['idx']['paragraph'], 'passage': passage}
+
+
+def _record_from_tfds(row: Mapping[str, Any]) -> dict[str, Any]:
+  """One row for each query there, with the texts of its entities."""
+  query = {
+    'query': row['query'],
+    'idx': row['idx']['query'],
+    'answers': [{'text': text} for text in row['answers']],
+  }
+  passage = {'text': row['passage'], 'entities': row['entities']}
+  return {'idx': row['idx']['passage'], 'passage': passage, 'qas': [query]}
 
 
 def _winogender(
@@ -148,7 +188,12 @@ def _task(
     choices=choices,
   )
   return AnswerTask(
-    f'superglue.{name}', Files((folder,)), examples, answers.choice, score
+    f'superglue.{name}',
+    Files((folder,)),
+    Prepared(f'super_glue/{name}'),
+    examples,
+    answers.choice,
+    score,
   )
 
 
@@ -176,6 +221,7 @@ TASKS = (
   AnswerTask(
     'superglue.multirc',
     Files(('MultiRC',)),
+    Prepared('super_glue/multirc', row=_multirc_from_tfds),
     _multirc,
     answers.choice,
     metrics.multirc,
@@ -183,6 +229,7 @@ TASKS = (
   AnswerTask(
     'superglue.record',
     Files(('ReCoRD',)),
+    Prepared('super_glue/record', row=_record_from_tfds),
     _record,
     answers.free_text,
     metrics.record,
@@ -196,6 +243,7 @@ DIAGNOSTICS = (
   AnswerTask(
     'superglue.axb',
     _diagnostic('AX-b'),
+    Prepared('super_glue/axb', {'validation': 'test'}),
     functools.partial(
       fields_and_label,
       prefix='rte',
@@ -208,6 +256,7 @@ DIAGNOSTICS = (
   AnswerTask(
     'superglue.axg',
     _diagnostic('AX-g'),
+    Prepared('super_glue/axg', {'validation': 'test'}),
     _winogender,
     answers.choice,
     metrics.gender_parity,
