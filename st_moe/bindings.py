@@ -5,9 +5,9 @@ config/ and macros. main.py reads them from gin files and the command line;
 this file checks every name, macro and type, and says where a wrong one stands.
 
 Sections: RunConfig, ModelConfig, OptimizerConfig, DataConfig, MeshConfig,
-HealthConfig, and RouterConfig, which applies to both stacks unless `encoder/`
-or `decoder/` stands before it. `RouterConfig.preset` names the values that the
-other bindings change.
+EvaluationConfig, HealthConfig, and RouterConfig, which applies to both stacks
+unless `encoder/` or `decoder/` stands before it. `RouterConfig.preset` names
+the values that the other bindings change.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 from st_moe.config import (
   ROUTER_PRESETS,
   DataConfig,
+  EvaluationConfig,
   HealthConfig,
   MeshConfig,
   ModelConfig,
@@ -36,6 +37,7 @@ _CLASSES = {
     OptimizerConfig,
     DataConfig,
     MeshConfig,
+    EvaluationConfig,
     HealthConfig,
   )
 }
@@ -46,6 +48,7 @@ _PARTS = {
   'optimizer': 'OptimizerConfig',
   'data': 'DataConfig',
   'mesh': 'MeshConfig',
+  'evaluation': 'EvaluationConfig',
   'health': 'HealthConfig',
   'encoder_router': 'encoder/RouterConfig',
   'decoder_router': 'decoder/RouterConfig',
@@ -296,6 +299,9 @@ class Resolver:
       ),
       data=self._build(DataConfig(), self._settings('DataConfig')),
       mesh=self._build(MeshConfig(), self._settings('MeshConfig')),
+      evaluation=self._build(
+        EvaluationConfig(), self._settings('EvaluationConfig')
+      ),
       health=self._build(HealthConfig(), self._settings('HealthConfig')),
     )
     self._check_effects(model)
@@ -339,6 +345,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
       'OptimizerConfig': config.optimizer,
       'DataConfig': config.data,
       'MeshConfig': config.mesh,
+      'EvaluationConfig': config.evaluation,
       'HealthConfig': config.health,
     }
   )

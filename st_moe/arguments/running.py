@@ -59,13 +59,93 @@ def add_evaluate(subparsers: Any) -> Parser:
   command = add_command(
     subparsers,
     'evaluate',
-    'score the checkpoints of a run on held-out text, its own or other',
-    '--workdir=runs/quickstart',
+    'score a checkpoint: on held-out text, its own or other, or on tasks with '
+    'answers, each by its metrics (macros are those of '
+    'gin_configs/runs/evaluate.gin)',
+    '--checkpoint=runs/cb --gin.TASK=superglue.cb --gin.TASK_DIR=superglue',
   )
   command.add_argument(
-    '--workdir', required=True, metavar='DIR', help='of the trained model'
+    '--workdir',
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a run, or a model that `st_moe convert` made',
   )
   add_step(command)
+  command.add_argument(
+    '--output',
+    metavar='DIR',
+    help='of tasks: for the answer to every example, and the scores (default: '
+    'evaluations/ of the checkpoint)',
+  )
+  command.add_argument(
+    '--submission',
+    metavar='DIR',
+    help="for SuperGLUE's submission files; answers the test split, unless "
+    '--gin.SPLIT says otherwise',
+  )
+  add_connection(command)
+  return command
+
+
+def add_predict(subparsers: Any) -> Parser:
+  command = add_command(
+    subparsers,
+    'predict',
+    'answer text, a line for every line: of a pipe, a file or a prompt',
+    "--checkpoint=runs/quickstart --prompt='The <extra_id_0> of a function.'",
+  )
+  add = command.add_argument
+  add(
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a run, or a model that `st_moe convert` made',
+  )
+  add_step(command)
+  add('--prompt', metavar='TEXT', help='the only input')
+  add('--input', metavar='FILE', help='a line each (default: standard input)')
+  add('--output', metavar='FILE', help='a line each (default: standard output)')
+  add(
+    '--max_new_tokens',
+    type=int,
+    metavar='N',
+    help='of an answer at most (default: DataConfig.targets_length)',
+  )
+  add(
+    '--temperature',
+    type=float,
+    metavar='T',
+    help='draw tokens; 0 takes the likeliest (default: 0; with --top_k or '
+    '--top_p 1)',
+  )
+  add('--top_k', type=int, metavar='K', help='draw among the K likeliest')
+  add(
+    '--top_p',
+    type=float,
+    metavar='P',
+    help='draw among the likeliest that together have this probability',
+  )
+  add(
+    '--num_beams',
+    type=int,
+    default=1,
+    metavar='N',
+    help='search with N beams, as transformers does (1)',
+  )
+  add(
+    '--length_penalty',
+    type=float,
+    metavar='X',
+    help='of beams: a text counts log-likelihood / tokens ** X (1.0)',
+  )
+  add(
+    '--batch_size',
+    type=int,
+    default=32,
+    metavar='N',
+    help='lines computed together; changes no answer (32)',
+  )
   add_connection(command)
   return command
 

@@ -13,6 +13,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'pretrain': training.pretrain,
   'finetune': training.finetune,
   'evaluate': models.evaluate,
+  'predict': models.predict,
   'config': settings.config,
   'vocab': texts.vocab,
   'cache': texts.cache,

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from st_moe.checks import Checked
+from st_moe.config.evaluation import EvaluationConfig
 from st_moe.config.health import HealthConfig
 from st_moe.config.model import ModelConfig
 
@@ -183,6 +184,7 @@ class RunConfig(Checked):
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
   health: HealthConfig = HealthConfig()
 
   steps: int = 1000

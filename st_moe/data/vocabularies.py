@@ -62,6 +62,10 @@ class Vocabulary(abc.ABC):
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without an end of sequence."""
 
+  def encode_prompt(self, text: str) -> list[int]:
+    """Returns the ids of a text in which `<extra_id_k>` is a sentinel."""
+    return self.encode(text)
+
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of many texts, on all cores where that helps."""
@@ -138,6 +142,14 @@ class ByteVocabulary(Vocabulary):
 
   def encode(self, text: str) -> list[int]:
     return [byte + NUM_SPECIAL_IDS for byte in _utf8(text)]
+
+  def encode_prompt(self, text: str) -> list[int]:
+    ids: list[int] = []
+    for part in re.split(r'(<extra_id_\d+>)', text):
+      found = re.fullmatch(r'<extra_id_(\d+)>', part)
+      known = found is not None and int(found[1]) < self.extra_ids
+      ids += [self.sentinel_id(int(found[1]))] if known else self.encode(part)
+    return ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
