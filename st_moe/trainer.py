@@ -125,10 +125,8 @@ def start(
   data, data_config, source = _open_data(
     config, workdir, mesh, allow_change=allow_config_change
   )
-  best = BestStep(
-    choose_metric(config.best_metric, evaluate.HELD_OUT_SCORES),
-    config.early_stopping,
-  )
+  metric = choose_metric(config.best_metric, evaluate.HELD_OUT_SCORES)
+  best = BestStep(metric, config.early_stopping)
   alarms = Alarms(config.health, config.model, workdir.path)
   log.info('building the model')
   program = step_program(config, mesh)  # what cannot be divided is found here
