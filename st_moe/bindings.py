@@ -4,10 +4,10 @@ A configuration is written as `NAME = VALUE`: fields of the dataclasses in
 config/ and macros. main.py reads them from gin files and the command line;
 this file checks every name, macro and type, and says where a wrong one stands.
 
-Sections: RunConfig, ModelConfig, OptimizerConfig, DataConfig, MeshConfig, and
-RouterConfig, which applies to both stacks unless `encoder/` or `decoder/`
-stands before it. `RouterConfig.preset` names the values that the other
-bindings change.
+Sections: RunConfig, ModelConfig, OptimizerConfig, DataConfig, MeshConfig,
+EvaluationConfig, and RouterConfig, which applies to both stacks unless
+`encoder/` or `decoder/` stands before it. `RouterConfig.preset` names the
+values that the other bindings change.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from typing import Any
 from st_moe.config import (
   ROUTER_PRESETS,
   DataConfig,
+  EvaluationConfig,
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
@@ -35,6 +36,7 @@ _CLASSES = {
     OptimizerConfig,
     DataConfig,
     MeshConfig,
+    EvaluationConfig,
   )
 }
 _STACKS = ('encoder', 'decoder')
@@ -44,6 +46,7 @@ _PARTS = {
   'optimizer': 'OptimizerConfig',
   'data': 'DataConfig',
   'mesh': 'MeshConfig',
+  'evaluation': 'EvaluationConfig',
   'encoder_router': 'encoder/RouterConfig',
   'decoder_router': 'decoder/RouterConfig',
 }
@@ -293,6 +296,9 @@ class Resolver:
       ),
       data=self._build(DataConfig(), self._settings('DataConfig')),
       mesh=self._build(MeshConfig(), self._settings('MeshConfig')),
+      evaluation=self._build(
+        EvaluationConfig(), self._settings('EvaluationConfig')
+      ),
     )
     self._check_effects(model)
     return config
@@ -335,6 +341,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
       'OptimizerConfig': config.optimizer,
       'DataConfig': config.data,
       'MeshConfig': config.mesh,
+      'EvaluationConfig': config.evaluation,
     }
   )
 

@@ -153,7 +153,9 @@ def _generate(
       jnp.full((batch, max_length), PAD_ID, jnp.int32), 'batch', 'length'
     ),
     token=partitioning.shard(jnp.full(batch, PAD_ID, jnp.int32), 'batch'),
-    active=partitioning.shard(jnp.ones(batch, bool), 'batch'),
+    active=partitioning.shard(
+      jnp.any(encoder_input_tokens != PAD_ID, axis=1), 'batch'
+    ),
     cache=init_cache(config, params, encoder_input_tokens, max_length),
   )
   return jax.lax.while_loop(unfinished, step, start).outputs
@@ -174,7 +176,8 @@ def generate(
   Args:
     config: of the model, scanned or not.
     params: of `EncoderDecoder`, in the form that `config.scan_layers` says.
-    encoder_input_tokens: int [batch, input length]; 0 is padding.
+    encoder_input_tokens: int [batch, input length]; 0 is padding. A row of
+      padding alone fills a batch up: nothing is generated for it.
     max_length: tokens to generate at most, end-of-sequence included.
     eos_id: ends a sequence; padding follows it.
     method: how to choose tokens.

@@ -128,6 +128,20 @@ def _token_losses_backward(residuals, gradients):
 _token_losses.defvjp(_token_losses_forward, _token_losses_backward)
 
 
+def log_likelihoods(
+  logits: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """Returns the log-likelihood of each sequence in nats, float32 [batch].
+
+  Args:
+    logits: [batch, length, vocab]; the vocabulary may be sharded.
+    targets: int [batch, length].
+    weights: [batch, length], 0 at padding.
+  """
+  token_losses, _ = _token_losses(logits.astype(jnp.float32), targets)
+  return -jnp.sum(token_losses * weights, axis=-1)
+
+
 def cross_entropy(
   logits: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> CrossEntropy:

@@ -26,7 +26,7 @@ from st_moe.blocks import (
   norm,
   relpos_bias,
 )
-from st_moe.config import ModelConfig
+from st_moe.config import ModelConfig, RouterConfig
 from st_moe.initializers import variance_scaling
 from st_moe.losses import ModelOutput
 from st_moe.routing import RouterStats
@@ -284,6 +284,26 @@ def embedding_table(config: ModelConfig, params: Any) -> jax.Array:
   return _embedder(config).apply({'params': params['token_embedder']})
 
 
+def generation_config(config: ModelConfig) -> ModelConfig:
+  """Returns a model whose evaluation drops what its generation drops.
+
+  That is nothing, unless the encoder's experts choose their tokens or
+  `RouterConfig.generation_dropless` is off, which both keep its capacity.
+  """
+
+  def dropless(router: RouterConfig, wanted: bool) -> RouterConfig:
+    wanted = wanted and router.kind == 'token_choice'
+    return dataclasses.replace(router, eval_dropless=True) if wanted else router
+
+  return dataclasses.replace(
+    config,
+    encoder_router=dropless(
+      config.encoder_router, config.encoder_router.generation_dropless
+    ),
+    decoder_router=dropless(config.decoder_router, True),
+  )
+
+
 def encode(
   config: ModelConfig, params: Any, encoder_input_tokens: jax.Array
 ) -> jax.Array:
@@ -299,10 +319,7 @@ def encode(
     params: of `EncoderDecoder`.
     encoder_input_tokens: int [batch, input length]; 0 is padding.
   """
-  router = config.encoder_router
-  if router.kind == 'token_choice' and router.generation_dropless:
-    router = dataclasses.replace(router, eval_dropless=True)
-    config = dataclasses.replace(config, encoder_router=router)
+  config = generation_config(config)
   embedded = layers.embed(embedding_table(config, params), encoder_input_tokens)
   segments = token_segments(encoder_input_tokens, None)
   return (

@@ -48,6 +48,7 @@ FLOORS = {
   'model_directory': 4,
   'report': 4,
   'evaluate': 5,
+  'predictor': 5,
   'initialize': 5,
   'step_log': 5,
   'train_step': 5,

@@ -59,13 +59,31 @@ def add_evaluate(subparsers: Any) -> Parser:
   command = add_command(
     subparsers,
     'evaluate',
-    'score the checkpoints of a run on held-out text, its own or other',
-    '--workdir=runs/quickstart',
+    'score a checkpoint: on held-out text, its own or other, or on tasks with '
+    'answers, each by its metrics (macros are those of '
+    'gin_configs/runs/evaluate.gin)',
+    '--checkpoint=runs/cb --gin.TASK=superglue.cb --gin.TASK_DIR=superglue',
   )
   command.add_argument(
-    '--workdir', required=True, metavar='DIR', help='of the trained model'
+    '--workdir',
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a run, or a model that `st_moe convert` made',
   )
   add_step(command)
+  command.add_argument(
+    '--output',
+    metavar='DIR',
+    help='of tasks: for the answer to every example, and the scores (default: '
+    'evaluations/ of the checkpoint)',
+  )
+  command.add_argument(
+    '--submission',
+    metavar='DIR',
+    help="for SuperGLUE's submission files; answers the test split, unless "
+    '--gin.SPLIT says otherwise',
+  )
   add_connection(command)
   return command
 

@@ -5,14 +5,17 @@ import logging
 from pathlib import Path
 
 from st_moe import arguments
+from st_moe.bindings import Binding
 from st_moe.commands import starting
 from st_moe.errors import UserError
 
 log = logging.getLogger(__name__)
 
+_EVALUATE_FILE = 'gin_configs/runs/evaluate.gin'
+
 
 def evaluate(args: argparse.Namespace) -> None:
-  """Losses of a checkpoint on held-out text."""
+  """Losses of a checkpoint on held-out text, or its answers to tasks."""
   starting.connect(args, stop_signals=False)
   workdir = Path(args.workdir)
   found = starting.gin_file_of(workdir)
@@ -21,19 +24,38 @@ def evaluate(args: argparse.Namespace) -> None:
       f'{workdir} holds no run: it has no config.gin; give the --workdir of '
       '`st_moe pretrain`, or a model that `st_moe convert` made'
     )
-  config = starting.configure(args, [str(found), *args.gin_file])
+  files = [str(found), *args.gin_file]
+  if not args.gin_file and any(one.is_macro for one in args.gin_bindings):
+    files.append(_EVALUATE_FILE)  # TASK and the others are its macros
+  config = starting.configure(args, files, _test_split(args))
   if not args.resolver.binds('DataConfig'):
     raise UserError(
       f'{workdir} is a model without a run and has no held-out text of its '
-      'own; add --gin_file=gin_configs/runs/evaluate.gin --gin.TASK=text '
-      '--gin.FILES=FILE'
+      'own; add --gin.TASK=text --gin.FILES=FILE, or --gin.TASK=superglue '
+      '--gin.TASK_DIR=DIR'
     )
   starting.prepare(args)
   starting.check_same(args, config)
   log.info('loading JAX')
   from st_moe import evaluate
 
-  evaluate.evaluate(config, workdir, step=args.step)
+  evaluate.evaluate(
+    config,
+    workdir,
+    step=args.step,
+    output=None if args.output is None else Path(args.output),
+    submission=None if args.submission is None else Path(args.submission),
+  )
+
+
+def _test_split(args: argparse.Namespace) -> list[Binding]:
+  """Answers to be submitted are to the test split, if no other is named."""
+  split = 'EvaluationConfig.split'
+  if args.submission is None:
+    return []
+  if any(one.name in ('SPLIT', split) for one in args.gin_bindings):
+    return []
+  return [Binding(split, 'test', '--submission')]
 
 
 def bench(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ where the paper is silent, T5.1.1's. Building one checks the type and the range
 of every field; nothing here knows of gin, JAX or TensorFlow.
 """
 
+from st_moe.config.evaluation import EvaluationConfig
 from st_moe.config.model import Activation, ModelConfig
 from st_moe.config.router import ROUTER_PRESETS, ChoicePolicy, RouterConfig
 from st_moe.config.run import (
@@ -19,6 +20,7 @@ __all__ = [
   'Activation',
   'ChoicePolicy',
   'DataConfig',
+  'EvaluationConfig',
   'MeshConfig',
   'ModelConfig',
   'OptimizerConfig',

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from st_moe.checks import Checked
+from st_moe.config.evaluation import EvaluationConfig
 from st_moe.config.model import ModelConfig
 
 
@@ -182,6 +183,7 @@ class RunConfig(Checked):
   optimizer: OptimizerConfig = OptimizerConfig()
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
+  evaluation: EvaluationConfig = EvaluationConfig()
 
   steps: int = 1000
   batch_size: int = 128  # sequences, over all devices

@@ -13,9 +13,9 @@ from typing import Any
 
 from st_moe.config import DataConfig
 from st_moe.data.downstream import superglue
-from st_moe.data.downstream.example import Example
+from st_moe.data.downstream.example import AnswerTask, Example
 from st_moe.data.sources import reading
-from st_moe.errors import UserError
+from st_moe.errors import UserError, did_you_mean
 
 _TASKS = {task.name: task for task in superglue.TASKS}
 # Mixtures, each of its tasks in proportion to its examples.
@@ -40,6 +40,19 @@ def is_answer_task(name: str) -> bool:
 def expand(name: str) -> tuple[str, ...]:
   """Returns the tasks of a mixture; a task is itself."""
   return _MIXTURES.get(name, (name,))
+
+
+def find_task(name: str) -> AnswerTask:
+  """Returns a task by its name.
+
+  Raises:
+    UserError: there is none, with the nearest names.
+  """
+  if name not in _TASKS:
+    raise UserError(
+      f'there is no task with answers {name!r}{did_you_mean(name, names())}'
+    )
+  return _TASKS[name]
 
 
 def find_file(name: str, split: str, config: DataConfig) -> Path:
@@ -74,15 +87,18 @@ def find_file(name: str, split: str, config: DataConfig) -> Path:
   )
 
 
-def load_examples(name: str, split: str, config: DataConfig) -> list[Example]:
+def load_examples(
+  name: str, split: str, config: DataConfig, *, train: bool | None = None
+) -> list[Example]:
   """Returns the examples of a task in the order of its file.
 
   Args:
     name: of the task.
-    split: 'train', 'validation' or 'test'; those of 'train' are made for
-      training (a false WSC row gives none, ReCoRD one for each answer) and
-      must have labels.
+    split: 'train', 'validation' or 'test'.
     config: says where the files are.
+    train: whether they are to be trained on: then a false WSC row gives none,
+      ReCoRD one for each answer, and all must have labels. None: whether the
+      split is 'train'.
 
   Raises:
     UserError: a missing file, a line that is no row of the task, no example.
@@ -90,7 +106,9 @@ def load_examples(name: str, split: str, config: DataConfig) -> list[Example]:
   path = find_file(name, split, config).resolve()
   with reading(path):
     stat = path.stat()
-  return _read(name, path, split == 'train', (stat.st_size, stat.st_mtime_ns))
+  if train is None:
+    train = split == 'train'
+  return _read(name, path, train, (stat.st_size, stat.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=32)

@@ -1,8 +1,14 @@
 """One example of a task with answers, and what a task is."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+# What was read from a model's text: the index of a choice, -1 for a text that
+# is none of them; or the text itself where an answer is free.
+Answer = int | str
+
+INVALID = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +24,8 @@ class Example:
       None: not known.
     answers: every text that counts as right where an answer is free.
     idx: as published: an int, or a dict of them.
+    group: names examples that are scored together (the answers to a question
+      of MultiRC, the answers of a query of ReCoRD, a pair of Winogender).
   """
 
   inputs: str
@@ -26,6 +34,12 @@ class Example:
   label: int | None = None
   answers: tuple[str, ...] = ()
   idx: Any = None
+  group: str = ''
+
+  @property
+  def labelled(self) -> bool:
+    """Whether it can be scored."""
+    return self.label is not None or bool(self.answers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +52,19 @@ class AnswerTask:
     examples: makes examples of a row, given where it stands
       ('CB/train.jsonl:3') and whether they are to be trained on. A row may
       give none (WSC's false ones in training) or many (MultiRC).
+    answer: what a model's text says, given its example.
+    metrics: of answers to examples, by name, from 0 to 100.
+    main_metrics: their mean is the task's score; (): all of them.
   """
 
   name: str
   folder: str
   examples: Callable[[Mapping[str, Any], str, bool], list[Example]]
+  answer: Callable[[str, Example], Answer]
+  metrics: Callable[[Sequence[Answer], Sequence[Example]], dict[str, float]]
+  main_metrics: tuple[str, ...] = ()
+
+  def score(self, metrics: Mapping[str, float]) -> float:
+    """Returns the mean of the main metrics, as SuperGLUE averages them."""
+    values = [metrics[name] for name in self.main_metrics or metrics]
+    return sum(values) / len(values)

@@ -6,9 +6,10 @@ them (WiC and MultiRC do). Labels are in the order of tfds.
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from st_moe.data.downstream import answers, metrics
 from st_moe.data.downstream.example import AnswerTask, Example
 from st_moe.data.downstream.rows import label_index, texts, wrong_row
 
@@ -60,7 +61,7 @@ def _multirc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   try:
     passage, index = row['passage'], row.get('idx')
     paragraph = _without_markup(passage['text'])
-    for question in passage['questions']:
+    for number, question in enumerate(passage['questions']):
       for answer in question['answers']:
         inputs = {
           'question': _without_markup(question['question']),
@@ -74,7 +75,13 @@ def _multirc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
           'answer': answer.get('idx'),
         }
         examples.append(
-          _classified(_join('multirc', inputs), _BOOLS, label, idx=idx)
+          _classified(
+            _join('multirc', inputs),
+            _BOOLS,
+            label,
+            idx=idx,
+            group=f'{where}#{number}',
+          )
         )
   except (AttributeError, KeyError, TypeError):
     raise wrong_row(
@@ -98,10 +105,10 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
     )
     passage = re.sub(r'(\.|\?|\!|\"|\')\n@highlight\n', r'\1 ', text)
     passage = re.sub(r'\n@highlight\n', '. ', passage)
-    for question in row['qas']:
+    for number, question in enumerate(row['qas']):
       found = question.get('answers', ())
-      answers = tuple(sorted({answer['text'] for answer in found}))
-      if train and not answers:
+      right = tuple(sorted({answer['text'] for answer in found}))
+      if train and not right:
         raise wrong_row(where, "'answers', which training needs")
       inputs = _join(
         'record',
@@ -111,10 +118,17 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
           'passage': passage,
         },
       )
-      for target in (answers if train else answers[:1]) or (UNLABELLED,):
+      for target in (right if train else right[:1]) or (UNLABELLED,):
         idx = {'passage': row.get('idx'), 'query': question.get('idx')}
         examples.append(
-          Example(inputs, target, entities, answers=answers, idx=idx)
+          Example(
+            inputs,
+            target,
+            entities,
+            answers=right,
+            idx=idx,
+            group=f'{where}#{number}',
+          )
         )
   except (AttributeError, KeyError, TypeError):
     raise wrong_row(
@@ -158,7 +172,12 @@ def _bare(word: str) -> str:
 
 
 def _task(
-  name: str, folder: str, fields: str, choices: Sequence[str], **names: str
+  name: str,
+  folder: str,
+  fields: str,
+  choices: Sequence[str],
+  score: Callable[..., metrics.Scores] = metrics.accuracy,
+  **names: str,
 ) -> AnswerTask:
   """Returns a task whose rows are texts.
 
@@ -167,6 +186,7 @@ def _task(
     folder: of its files.
     fields: in the inputs, in their order.
     choices: in the order of the labels.
+    score: its metrics.
     **names: fields that the file calls otherwise.
   """
   examples = functools.partial(
@@ -175,7 +195,9 @@ def _task(
     fields={field: names.get(field, field) for field in fields.split()},
     choices=tuple(choices),
   )
-  return AnswerTask(f'superglue.{name}', folder, examples)
+  return AnswerTask(
+    f'superglue.{name}', folder, examples, answers.choice, score
+  )
 
 
 TASKS = (
@@ -185,6 +207,7 @@ TASKS = (
     'CB',
     'hypothesis premise',
     ('entailment', 'contradiction', 'neutral'),
+    metrics.cb,
   ),
   _task(
     'copa',
@@ -192,9 +215,13 @@ TASKS = (
     'choice1 choice2 premise question',
     ('choice1', 'choice2'),
   ),
-  AnswerTask('superglue.multirc', 'MultiRC', _multirc),
-  AnswerTask('superglue.record', 'ReCoRD', _record),
+  AnswerTask(
+    'superglue.multirc', 'MultiRC', _multirc, answers.choice, metrics.multirc
+  ),
+  AnswerTask(
+    'superglue.record', 'ReCoRD', _record, answers.free_text, metrics.record
+  ),
   _task('rte', 'RTE', 'hypothesis premise', ('entailment', 'not_entailment')),
   _task('wic', 'WiC', 'sentence1 sentence2 word', _BOOLS),
-  AnswerTask('superglue.wsc', 'WSC', _wsc),
+  AnswerTask('superglue.wsc', 'WSC', _wsc, answers.wsc, metrics.accuracy),
 )

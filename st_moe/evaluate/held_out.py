@@ -1,4 +1,4 @@
-"""Evaluation on held-out text: losses, a baseline to beat, filled sentences.
+"""Held-out text: losses, a baseline to beat, filled sentences.
 
 The paper's quality is the negative log perplexity, minus the cross entropy
 per target token in nats (higher is better). Two are reported: over every
@@ -8,11 +8,8 @@ end-of-sequence, which are easy.
 
 import dataclasses
 import functools
-import json
-import logging
 import re
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,22 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from st_moe import losses, partitioning, processes
-from st_moe.checkpoint import find_steps, restore_params
 from st_moe.config import ModelConfig, RunConfig
-from st_moe.data.pipeline import open_data
 from st_moe.data.span_corruption import (
   MIN_SENTENCE_TOKENS,
   corrupt_sentence,
   model_features,
 )
-from st_moe.data.vocabularies import load_vocabulary
 from st_moe.decoding import generate
-from st_moe.initialize import check_vocabulary, with_vocabulary
-from st_moe.model_directory import find_model
-from st_moe.train_state import abstract_state, state_shardings
-from st_moe.transformer import EncoderDecoder, apply_model
-
-log = logging.getLogger(__name__)
+from st_moe.transformer import apply_model
 
 # Scores of `Evaluator.losses`, of which one may say which step is the best.
 HELD_OUT_SCORES = (
@@ -267,54 +256,3 @@ def _until(ids: np.ndarray, eos_id: int) -> list[int]:
   """Returns the ids before the first end-of-sequence."""
   ids = ids.tolist()
   return ids[: ids.index(eos_id)] if eos_id in ids else ids
-
-
-def evaluate(config: RunConfig, workdir: Path, *, step: int | None) -> None:
-  """Scores a checkpoint of a run; prints the scores and keeps them as JSON.
-
-  Args:
-    config: the run's, perhaps with other data.
-    workdir: of the run, or a model directory; one line is added to
-      `evaluations.jsonl`.
-    step: of the checkpoint; None for the newest.
-
-  Raises:
-    UserError: no such checkpoint, or data that does not fit the model.
-  """
-  mesh = partitioning.make_mesh(config.mesh)
-  processes.check_joined()
-  find_steps(workdir, step)
-  model = find_model(workdir)
-  data_config = with_vocabulary(config.data, model)
-  if data_config.vocabulary != 'auto':  # before text is opened
-    own = load_vocabulary(data_config.vocabulary, data_config.extra_ids)
-    check_vocabulary(own.fingerprint, config.data, model)
-  data = open_data(data_config, seed=config.seed, cache_root=None)
-  check_vocabulary(data.fingerprint['vocabulary'], config.data, model)
-  processes.check_same(data.fingerprint, 'give every process the same data')
-  processes.settle()
-  log.info('restoring and scoring')
-  shapes = abstract_state(config, EncoderDecoder(config.model))
-  shardings = state_shardings(shapes, mesh, config.mesh)
-  abstract = shapes.with_shardings(shardings)
-  restored = restore_params(workdir, step, abstract.params)
-  scores: dict[str, Any] = {'step': restored.step, 'task': config.data.task}
-  scores |= Evaluator(config, data, mesh).losses(restored.params)
-  if not processes.is_leader():
-    return
-  record = scores | {
-    'data': data.fingerprint,
-    'files': config.data.files,
-    'eval_files': config.data.eval_files,
-    'split': config.data.eval_split,
-    'eval_batches': config.eval_batches,
-    'batch_size': config.batch_size,
-  }
-  for name, value in scores.items():
-    if isinstance(value, float):
-      value = f'{value:.0f}' if name == 'eval/text_tokens' else f'{value:.4f}'
-    print(f'{name:36} {value}')
-  path = workdir / 'evaluations.jsonl'
-  with path.open('a', encoding='utf-8') as file:
-    file.write(json.dumps(record, sort_keys=True) + '\n')
-  print(f'added to {path}')
