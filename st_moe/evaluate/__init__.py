@@ -2,6 +2,7 @@
 
 from st_moe.evaluate.commands import evaluate
 from st_moe.evaluate.held_out import (
+  HELD_OUT_SCORES,
   Evaluator,
   FilledSentence,
   fill_in,
@@ -12,6 +13,7 @@ from st_moe.evaluate.held_out import (
 )
 
 __all__ = [
+  'HELD_OUT_SCORES',
   'Evaluator',
   'FilledSentence',
   'evaluate',

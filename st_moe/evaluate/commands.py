@@ -9,6 +9,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from st_moe import partitioning, processes
+from st_moe.best import Step
 from st_moe.checkpoint import RestoredParams, find_steps, restore_params
 from st_moe.config import RunConfig, to_dict
 from st_moe.data.pipeline import open_data
@@ -29,7 +30,7 @@ def evaluate(
   config: RunConfig,
   workdir: Path,
   *,
-  step: int | None,
+  step: Step,
   output: Path | None = None,
   submission: Path | None = None,
 ) -> None:
@@ -41,7 +42,7 @@ def evaluate(
     config: the run's, perhaps with other data.
     workdir: of the run, or a model directory; one line is added to
       `evaluations.jsonl`.
-    step: of the checkpoint; None for the newest.
+    step: of the checkpoint, or 'best'; None for the newest.
     output: folder for the answers to every example; None: in `workdir`.
     submission: folder for SuperGLUE's submission files, if any.
 
@@ -66,7 +67,7 @@ def evaluate(
 
 
 def _restore(
-  config: RunConfig, workdir: Path, mesh: Mesh, step: int | None
+  config: RunConfig, workdir: Path, mesh: Mesh, step: Step
 ) -> RestoredParams:
   """Reads the parameters of a checkpoint onto the mesh."""
   shapes = abstract_state(config, EncoderDecoder(config.model))
@@ -87,7 +88,7 @@ def _evaluate_text(
   workdir: Path,
   model: FoundModel,
   mesh: Mesh,
-  step: int | None,
+  step: Step,
 ) -> None:
   data_config = with_vocabulary(config.data, model)
   if data_config.vocabulary != 'auto':  # before text is opened
@@ -123,7 +124,7 @@ def _evaluate_tasks(
   folders: outputs.Folders,
   model: FoundModel,
   mesh: Mesh,
-  step: int | None,
+  step: Step,
 ) -> None:
   names = ','.join(named_tasks(config))
   # Neither text nor a cache is opened: their vocabularies do not matter.

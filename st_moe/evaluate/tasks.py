@@ -213,6 +213,15 @@ class TaskEvaluator:
     return {name: one.examples for name, one in self._prepared.items()}
 
   @property
+  def scalar_names(self) -> list[str]:
+    """Names of the scalars that an evaluation has, before there is one."""
+    nothing = {
+      name: self._result(one, [''] * len(one.examples))
+      for name, one in self._prepared.items()
+    }
+    return list(TaskScores(nothing, self._mixtures).scalars())
+
+  @property
   def fingerprint(self) -> dict[str, str]:
     """SHA-256 of the examples of each task."""
     return {
@@ -278,13 +287,21 @@ class TaskEvaluator:
       likelihoods[i] = tuple(next(found) for _ in one.choices[i])
       best = int(np.argmax(likelihoods[i]))  # the first of equal ones
       texts[i] = one.examples[i].choices[best]
-    return make_result(
-      one.task,
-      self._config.evaluation.split,
-      one.examples,
-      [texts[i] for i in range(len(one.examples))],
-      [likelihoods.get(i, ()) for i in range(len(one.examples))],
+    everyone = range(len(one.examples))
+    return self._result(
+      one,
+      [texts[i] for i in everyone],
+      [likelihoods.get(i, ()) for i in everyone],
     )
+
+  def _result(
+    self,
+    one: _Prepared,
+    texts: Sequence[str],
+    log_likelihoods: Sequence[tuple[float, ...]] | None = None,
+  ) -> TaskResult:
+    split = self._config.evaluation.split
+    return make_result(one.task, split, one.examples, texts, log_likelihoods)
 
 
 def make_result(
