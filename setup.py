@@ -38,7 +38,8 @@ setup(
   python_requires='>=3.11,<3.14',
   packages=find_packages(include=['st_moe', 'st_moe.*']) + GIN_PACKAGES,
   package_dir={'st_moe.gin_configs': 'gin_configs'},
-  package_data={name: ['*.gin'] for name in GIN_PACKAGES},
+  package_data={name: ['*.gin'] for name in GIN_PACKAGES}
+  | {'st_moe.trace': ['page.html']},
   entry_points={'console_scripts': ['st_moe = st_moe.main:run']},
   install_requires=[
     'absl-py',

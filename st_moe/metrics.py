@@ -77,6 +77,7 @@ def router_health(stats: dict[str, Any], config: ModelConfig) -> RouterHealth:
     fields = {
       field.name: np.asarray(getattr(fields, field.name))
       for field in dataclasses.fields(fields)
+      if field.name != 'decisions'
     }
     load = fields['expert_load']  # [sparse layers, experts]
     fields['max_load'] = load.max(axis=-1) * load.shape[-1]

@@ -31,14 +31,17 @@ def run_steps(trainer: Trainer) -> str | None:
     partitioning.use_mesh(trainer.mesh, config.mesh),
     metrics.Progress(config.steps, start=step) as progress,
   ):
-    step_log = StepLog(config, trainer.writer, progress, trainer.rows)
+    step_log = StepLog(
+      config, trainer.writer, progress, trainer.rows, trainer.alarms
+    )
     while step < config.steps and not best.over and not signals.requested(step):
       begin = time.monotonic()
-      batch = partitioning.shard_batch(next(trainer.batches), trainer.mesh)
+      rows = next(trainer.batches)
+      batch = partitioning.shard_batch(rows, trainer.mesh)
       waited = time.monotonic() - begin
       trainer.state, result = trainer.train_step(trainer.state, batch)
       step += 1
-      step_log.add(step, result, waited)
+      step_log.add(step, result, waited, rows)
       last, found = step == config.steps, None
       if step % config.eval_every == 0 or last:
         step_log.pause()

@@ -15,6 +15,7 @@ from st_moe import (
   partitioning,
   processes,
 )
+from st_moe.alarms import Alarms
 from st_moe.best import BEST_FILE, BestStep, choose_metric
 from st_moe.checkpoint import Checkpointer, steps_in
 from st_moe.config import DataConfig, RunConfig
@@ -65,6 +66,7 @@ class Trainer:
   evaluator: evaluate.Evaluator
   tasks: TaskEvaluator | None
   best: BestStep
+  alarms: Alarms
 
   def evaluate(self, step: int) -> Evaluation:
     """Scores the parameters and writes the scores.
@@ -82,9 +84,9 @@ class Trainer:
     scores = processes.from_leader(scores)
     self.writer.write(step, scores)
     is_best = self.best.add(step, scores)
-    if answered and (is_best or not self.best.metric):
-      if processes.is_leader():
-        development.write_answers(self.workdir.path, answered, step)
+    wanted = is_best or not self.best.metric
+    if answered and wanted and processes.is_leader():
+      development.write_answers(self.workdir.path, answered, step)
     return Evaluation(scores, answered, is_best)
 
   def save(self, step: int, scores: dict[str, float] | None = None) -> None:
@@ -99,7 +101,11 @@ class Trainer:
       step,
       self.state,
       data_state=self.batches.get_state(),
-      metadata={'interval': self.rows, 'best': self.best.state()},
+      metadata={
+        'interval': self.rows,
+        'best': self.best.state(),
+        'health': self.alarms.state(),
+      },
       scores=scores,
     )
     self.write_best()
@@ -151,7 +157,7 @@ class _Opened:
       UserError: evaluations have no such score.
     """
     names = [*evaluate.HELD_OUT_SCORES]
-    names += self.tasks.scalar_names if self.tasks else []
+    names += self.tasks.score_names() if self.tasks else []
     return BestStep(
       choose_metric(config.best_metric, names), config.early_stopping
     )
@@ -194,7 +200,7 @@ def start(
   part = partitioning.batch_part(mesh)
   opened = _open(config, workdir, mesh, allow_change=allow_config_change)
   data, best = opened.data, opened.best_step(config)
-
+  alarms = Alarms(config.health, config.model, workdir.path)
   log.info('building the model')
   program = step_program(config, mesh)  # what cannot be divided is found here
 
@@ -213,10 +219,10 @@ def start(
   rows: list[dict[str, float]] = []
   if checkpointer.latest_step() is not None:
     restored = checkpointer.restore(None, program.abstract)
-    state = restored.state
+    state, rows = restored.state, list(restored.metadata['interval'])
     batches.set_state(restored.data_state)
-    rows = list(restored.metadata['interval'])
     best.restore(restored.metadata.get('best'))
+    alarms.restore(restored.metadata.get('health'))
     log.info('resumed at step %d', restored.step)
   elif opened.source:
     begun = initialize.initial_state(config, program, opened.source, mesh)
@@ -253,6 +259,7 @@ def start(
     evaluator=evaluate.Evaluator(config, data, mesh),
     tasks=opened.tasks,
     best=best,
+    alarms=alarms,
   )
   trainer.write_best()
   return trainer

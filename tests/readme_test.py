@@ -117,6 +117,10 @@ def write_texts(folder: Path) -> None:
   (folder / 'my_text' / 'a.txt').write_text(
     ''.join(SENTENCE.format(i) + '\n' for i in range(400))
   )
+  (folder / 'superglue' / 'CB').mkdir(parents=True)
+  (folder / 'superglue' / 'CB' / 'val.jsonl').write_text(
+    '{"premise": "p", "hypothesis": "h", "label": "neutral", "idx": 0}\n'
+  )
   shards = folder / 'c4' / 'en'
   shards.mkdir(parents=True)
   text = ''.join(f'{{"text": "{SENTENCE.format(i)}"}}\n' for i in range(200))
@@ -201,6 +205,7 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
   assert [json.loads(line)['task'] for line in scores.splitlines()] == [
     'text',
     'text',
+    'superglue.cb',
   ]
 
 

@@ -16,7 +16,9 @@ from st_moe.arguments.running import (
   add_config,
   add_evaluate,
   add_finetune,
+  add_predict,
   add_pretrain,
+  add_trace,
   add_vocab,
 )
 from st_moe.errors import UserError, did_you_mean
@@ -46,6 +48,8 @@ def _make_parser() -> tuple[Parser, dict[str, Parser]]:
     'pretrain': add_pretrain(subparsers),
     'finetune': add_finetune(subparsers),
     'evaluate': add_evaluate(subparsers),
+    'predict': add_predict(subparsers),
+    'trace': add_trace(subparsers),
     'config': add_config(subparsers),
     'vocab': add_vocab(subparsers),
     'cache': add_cache(subparsers),

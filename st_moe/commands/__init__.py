@@ -13,10 +13,12 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'pretrain': training.pretrain,
   'finetune': training.finetune,
   'evaluate': models.evaluate,
+  'predict': models.predict,
   'config': settings.config,
   'vocab': texts.vocab,
   'cache': texts.cache,
   'bench': models.bench,
   'plan': models.plan,
+  'trace': models.trace,
   'convert': models.convert,
 }

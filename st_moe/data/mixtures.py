@@ -77,15 +77,19 @@ def _parse_part(text: str, config: DataConfig) -> list[Part]:
   name = name.strip()
   if not catalog.is_answer_task(name):
     return [Part(name, value)]
-  sizes = {task: _size(task, config) for task in catalog.expand(name)}
+  most = config.max_examples_per_task if catalog.is_capped(name) else None
+  sizes = {task: _size(task, most, config) for task in catalog.members(name)}
   scale = value / sum(sizes.values()) if colon else 1.0
   return [Part(task, size * scale) for task, size in sizes.items()]
 
 
-def _size(task: str, config: DataConfig) -> int:
-  """Returns how many training examples a task counts for."""
-  count = len(catalog.load_examples(task, config.train_split, config))
-  most = config.max_examples_per_task
+def _size(task: str, most: int | None, config: DataConfig) -> int:
+  """Returns for how many examples a task counts.
+
+  Those to train on; held-out ones of a task that is only scored.
+  """
+  split = catalog.splits(task, config)[0]
+  count = len(catalog.load_examples(task, split, config))
   return count if most is None else min(count, most)
 
 

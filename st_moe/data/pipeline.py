@@ -168,8 +168,8 @@ def _check_paths(config: DataConfig) -> None:
   for part in config.task.split(','):
     name = part.partition(':')[0].strip()
     if catalog.is_answer_task(name):
-      for task in catalog.expand(name):
-        for split in (config.train_split, config.eval_split):
+      for task in catalog.members(name):
+        for split in catalog.splits(task, config):
           catalog.load_examples(task, split, config)
       continue
     # Nothing can be registered with what is not even loaded.

@@ -56,8 +56,8 @@ def unknown_task(name: str, others: Iterable[str] = ()) -> UserError:
   near = did_you_mean(name, [*BUILT_IN, 'cache', *others])
   return UserError(
     f'unknown task {name!r}{near}; built in are {", ".join(BUILT_IN)}, cache, '
-    'superglue and its tasks (superglue.cb); --module=NAME imports a module '
-    'that registers others with seqio'
+    'and tasks with answers (superglue, superglue.cb, glue and others, see '
+    'README.md); --module=NAME imports a module that registers more with seqio'
   )
 
 

@@ -50,6 +50,8 @@ _EVAL_SEED = 0
 _PREFETCHED_BATCHES = 2
 # Held-out documents to look through for sentences to show.
 _SENTENCE_DOCUMENTS = 1000
+# Training examples of a task whose lengths are counted at most.
+_LOOKED_AT = 30_000
 # What the stream is a function of, besides seed and text.
 _LIBRARIES = ('numpy', 'seqio', 'sentencepiece', 'tensorflow')
 
@@ -74,7 +76,8 @@ def open_stream(
     for part in parts
   ]
   for name, corpus in corpora.items():
-    if corpus.examples is not None:
+    trained = config.train_split in corpus.source.splits
+    if corpus.examples is not None and trained:
       _tell_cuts(name, corpus.examples(config.train_split), config, vocabulary)
   provider = make_mixture(config.task, parts, providers)
   cached = {}
@@ -99,7 +102,13 @@ def _tell_cuts(
   config: DataConfig,
   vocabulary: Vocabulary,
 ) -> None:
-  """Logs how many training examples are longer than a row."""
+  """Logs how many training examples are longer than a row.
+
+  Of very many examples every k-th is looked at, and the line says so.
+  """
+  step = -(-len(examples) // _LOOKED_AT)
+  among = '' if step == 1 else f', one in {step} looked at,'
+  examples = examples[::step]
   for feature, limit in (
     ('inputs', config.inputs_length),
     ('targets', config.targets_length),
@@ -110,12 +119,13 @@ def _tell_cuts(
     count = sum(getattr(example, feature) in long for example in examples)
     if count:
       log.warning(
-        '%s: %s of %s %s to train on have more than the %d tokens of '
+        '%s: %s of %s %s to train on%s have more than the %d tokens of '
         'DataConfig.%s_length, and are cut',
         name,
         f'{count:,}',
         f'{len(examples):,}',
         feature,
+        among,
         limit,
         feature,
       )
@@ -179,7 +189,11 @@ def _open_vocabulary(
   name = hashlib.sha256(key.encode()).hexdigest()[:32]
   path = root / 'vocabularies' / f'{name}.model'
   if not path.is_file():
-    texts = [c.documents(config.train_split) for c in corpora.values()]
+    texts = [
+      corpus.documents(config.train_split)
+      for corpus in corpora.values()
+      if config.train_split in corpus.source.splits
+    ]
     train_vocabulary(
       texts[0] if len(texts) == 1 else _in_turn(map(_spread, texts)),
       config.auto_vocabulary_size,

@@ -53,7 +53,8 @@ class Corpus:
     fingerprint: plain values that name the content.
     errors: what went wrong while tf.data was reading; TensorFlow itself
       reports only that something did.
-    examples: gives those of a split of a task with answers; None: plain text.
+    examples: gives those of a split of a task with answers, which may have
+      but one of the two in a mixture; None: plain text.
   """
 
   source: seqio.DataSource
@@ -165,12 +166,12 @@ def _answers(name: str, config: DataConfig) -> Corpus:
   def examples(split: str) -> list[Example]:
     return catalog.load_examples(name, split, config)
 
-  splits = (config.train_split, config.eval_split)
+  splits = catalog.splits(name, config)
   counts = {split: len(examples(split)) for split in splits}
   log.info(
     '%s: %s examples to train on, %s held out',
     name,
-    *(f'{count:,}' for count in counts.values()),
+    *(f'{counts.get(s, 0):,}' for s in (config.train_split, config.eval_split)),
   )
   hashes = {s: file_sha256(catalog.find_file(name, s, config)) for s in splits}
   return Corpus(

@@ -42,7 +42,7 @@ def evaluate(
     config: the run's, perhaps with other data.
     workdir: of the run, or a model directory; one line is added to
       `evaluations.jsonl`.
-    step: of the checkpoint, or 'best'; None for the newest.
+    step: of the checkpoint: a number, 'best', or None for the newest.
     output: folder for the answers to every example; None: in `workdir`.
     submission: folder for SuperGLUE's submission files, if any.
 

@@ -16,6 +16,7 @@ from st_moe.tables import print_table
 from st_moe.workdir import write_json
 
 _FOLDER = 'evaluations'  # of a work directory
+_COLUMNS = ('task', 'split', 'examples', 'no answer')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Folders:
 
   def _submit(self, folder: Path, scores: TaskScores) -> None:
     for name, result in scores.results.items():
-      path = submission.write(folder, name, result.answers, result.examples)
-      print(f'to be submitted: {path} ({len(result.examples):,} examples)')
+      submission.write(folder, name, result.answers, result.examples)
+    print(f'to be submitted, {len(scores.results)} files: {folder}')
     invalid = {n: r.no_answers for n, r in scores.results.items()}
     if any(invalid.values()):
       counts = ', '.join(f'{n} {c:,}' for n, c in invalid.items() if c)
@@ -139,8 +140,8 @@ def print_scores(scores: TaskScores, step: int, workdir: Path) -> None:
     rows.append(_mean_row('all', scores, list(scores.results)))
   print_table(
     Console(highlight=False),
-    f'\nstep {step} of {workdir}, from 0 to 100, and the best constant answer',
-    ['task', 'split', 'examples', 'no answer', 'metric', 'model', 'constant'],
+    f'\nstep {step} of {workdir}, and the best constant answer; 0 to 100:',
+    [*_COLUMNS, 'metric', 'model', 'constant', ''],
     rows,
   )
 
@@ -149,24 +150,22 @@ def _rows(name: str, result: TaskResult) -> list[list[str]]:
   count, invalid = f'{len(result.examples):,}', f'{result.no_answers:,}'
   head = [name, result.split, count, invalid]
   if not result.metrics:
-    return [[*head, '-', 'no labels', '']]
-  best = result.majority
-  rows = []
+    return [[*head, 'no labels', '', '', '']]
+  best, rows = result.majority, []
+  answer = '' if best is None else _shown(best.answer, result)
   for metric, value in result.metrics.items():
     constant = '' if best is None else f'{best.metrics[metric]:.2f}'
-    if best is not None and not rows:
-      constant = f'{_shown(best.answer, result)} {constant}'
-    rows.append([*head, metric, f'{value:.2f}', constant])
-    head = ['', '', '', '']
+    rows.append([*head, metric, f'{value:.2f}', constant, answer])
+    head, answer = [''] * len(head), ''
   return rows
 
 
 def _shown(answer: Answer, result: TaskResult) -> str:
   """Returns a constant answer as the task writes it."""
   choices = result.examples[0].choices
-  if isinstance(answer, int) and answer < len(choices):
-    return choices[answer]
-  return str(answer)
+  if isinstance(answer, str):
+    return repr(answer)
+  return choices[answer] if choices else str(bool(answer))  # WSC: is it right?
 
 
 def _mean_row(name: str, scores: TaskScores, tasks: Sequence[str]) -> list[str]:
@@ -175,5 +174,6 @@ def _mean_row(name: str, scores: TaskScores, tasks: Sequence[str]) -> list[str]:
   constant = ''
   if None not in bars:
     constant = f'{sum(bar.score for bar in bars) / len(bars):.2f}'
-  shown = 'no labels' if mean is None else f'{mean:.2f}'
-  return [name, '', '', '', f'mean of {len(tasks)}', shown, constant]
+  shown = '' if mean is None else f'{mean:.2f}'
+  head = [name, *[''] * (len(_COLUMNS) - 1)]
+  return [*head, f'mean of {len(tasks)}', shown, constant, '']

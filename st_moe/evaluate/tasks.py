@@ -3,8 +3,8 @@
 Two methods. 'generate' lets the model write and reads the answer from its
 text, as T5 does (paper, section 4). 'rank' takes the choice with the highest
 log-likelihood, summed over its tokens and its end-of-sequence; examples
-without choices are generated. Both are greedy, and dropless, so that an answer
-depends neither on the batch size nor on what stands beside it.
+without choices are generated. Both are deterministic, and dropless, so that an
+answer depends neither on the batch size nor on what stands beside it.
 """
 
 import dataclasses
@@ -150,12 +150,14 @@ class _Prepared:
     examples: to be answered.
     inputs: ids of each, with end-of-sequence, cut.
     choices: ids of each one's choices, without it; () to be generated.
+    majority: the best constant answer.
   """
 
   task: AnswerTask
   examples: list[Example]
   inputs: list[list[int]]
   choices: list[list[list[int]]]
+  majority: Majority | None
 
 
 class TaskEvaluator:
@@ -200,6 +202,8 @@ class TaskEvaluator:
       inputs_length=config.data.inputs_length,
       targets_length=config.data.targets_length,
       batch_size=config.evaluation.batch_size or config.batch_size,
+      num_beams=config.evaluation.num_beams,
+      length_penalty=config.evaluation.length_penalty,
     )
 
   @property
@@ -212,14 +216,14 @@ class TaskEvaluator:
     """What is answered, by task."""
     return {name: one.examples for name, one in self._prepared.items()}
 
-  @property
-  def scalar_names(self) -> list[str]:
-    """Names of the scalars that an evaluation has, before there is one."""
-    nothing = {
-      name: self._result(one, [''] * len(one.examples))
+  def score_names(self) -> tuple[str, ...]:
+    """The names that `TaskScores.scalars` will have, without a model."""
+    split = self._config.evaluation.split
+    silent = {
+      name: make_result(one.task, split, one.examples, [''] * len(one.examples))
       for name, one in self._prepared.items()
     }
-    return list(TaskScores(nothing, self._mixtures).scalars())
+    return tuple(TaskScores(silent, self._mixtures).scalars())
 
   @property
   def fingerprint(self) -> dict[str, str]:
@@ -249,6 +253,7 @@ class TaskEvaluator:
       examples=examples,
       inputs=[[*ids[:most_in], eos] for ids in inputs],
       choices=[[ids[:most_out] for ids in each] for each in choices],
+      majority=majority(task, examples),
     )
 
   def evaluate(self, params: Any) -> TaskScores:
@@ -287,21 +292,16 @@ class TaskEvaluator:
       likelihoods[i] = tuple(next(found) for _ in one.choices[i])
       best = int(np.argmax(likelihoods[i]))  # the first of equal ones
       texts[i] = one.examples[i].choices[best]
-    everyone = range(len(one.examples))
-    return self._result(
-      one,
-      [texts[i] for i in everyone],
-      [likelihoods.get(i, ()) for i in everyone],
+    return make_result(
+      one.task,
+      self._config.evaluation.split,
+      one.examples,
+      [texts[i] for i in range(len(one.examples))],
+      log_likelihoods=[
+        likelihoods.get(i, ()) for i in range(len(one.examples))
+      ],
+      majority=one.majority,
     )
-
-  def _result(
-    self,
-    one: _Prepared,
-    texts: Sequence[str],
-    log_likelihoods: Sequence[tuple[float, ...]] | None = None,
-  ) -> TaskResult:
-    split = self._config.evaluation.split
-    return make_result(one.task, split, one.examples, texts, log_likelihoods)
 
 
 def make_result(
@@ -309,7 +309,9 @@ def make_result(
   split: str,
   examples: Sequence[Example],
   texts: Sequence[str],
+  *,
   log_likelihoods: Sequence[tuple[float, ...]] | None = None,
+  majority: Majority | None = None,
 ) -> TaskResult:
   """Reads the answers from texts and scores them.
 
@@ -319,6 +321,7 @@ def make_result(
     examples: those without a label are answered and not scored.
     texts: one for each.
     log_likelihoods: of choices, where they were ranked.
+    majority: what they are held against.
   """
   answers = tuple(
     task.answer(text, example)
@@ -333,7 +336,7 @@ def make_result(
     answers=answers,
     log_likelihoods=tuple(log_likelihoods or [()] * len(examples)),
     metrics=task.metrics(answers, examples) if labelled else {},
-    majority=majority(task, examples),
+    majority=majority,
   )
 
 
@@ -386,7 +389,7 @@ class _Progress:
       return
     self._last = now
     log.info(
-      '%s: %s of %s %s, %.0f/s',
+      '%s: %s of %s %s, %.3g/s',
       self._what,
       f'{done:,}',
       f'{count:,}',

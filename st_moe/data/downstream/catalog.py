@@ -2,29 +2,62 @@
 
 `DataConfig.task_dir` is the folder in which the published archives were
 unpacked: the files of CB are `CB/train.jsonl` and `CB/val.jsonl` there, or in
-the folder `superglue` within it.
+the folder `superglue` within it; or it is the folder `CB` itself.
 """
 
 import functools
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from st_moe.config import DataConfig
-from st_moe.data.downstream import superglue
+from st_moe.data.downstream import (
+  glue,
+  pronouns,
+  question_answering,
+  reasoning,
+  summaries,
+  superglue,
+)
 from st_moe.data.downstream.example import AnswerTask, Example
 from st_moe.data.sources import reading
 from st_moe.errors import UserError, did_you_mean
 
-_TASKS = {task.name: task for task in superglue.TASKS}
-# Mixtures, each of its tasks in proportion to its examples.
-_MIXTURES = {'superglue': tuple(task.name for task in superglue.TASKS)}
-_FILES = {
-  'train': ('train.jsonl',),
-  'validation': ('val.jsonl', 'dev.jsonl', 'validation.jsonl'),
-  'test': ('test.jsonl',),
+_TASKS = {
+  task.name: task
+  for task in (
+    *superglue.TASKS,
+    *superglue.DIAGNOSTICS,
+    pronouns.DPR,
+    *glue.TASKS,
+    question_answering.SQUAD_V2,
+    *reasoning.ANLI,
+    reasoning.WINOGRANDE,
+    *reasoning.ARC,
+    summaries.XSUM,
+    summaries.CNN_DAILYMAIL,
+    question_answering.NATURAL_QUESTIONS,
+    question_answering.WEB_QUESTIONS,
+    question_answering.TRIVIA_QA,
+  )
 }
+# Each of its tasks in proportion to its examples. Of those, some are only
+# trained on, or only scored: they have no other split.
+_MIXTURES = {
+  'superglue': tuple(task.name for task in superglue.TASKS),
+  # super_glue_v102_proportional (t5/data/mixtures.py), without AX-b and AX-g,
+  # whose weight is 0 there.
+  'superglue_t5': (
+    pronouns.DPR.name,
+    *(task.name for task in superglue.TASKS),
+  ),
+  # Without WNLI, as T5's, and BERT's average: its development set contradicts
+  # its training data.
+  'glue': tuple(t.name for t in glue.TASKS if t.name != 'glue.wnli'),
+  'anli': tuple(task.name for task in reasoning.ANLI),
+  'arc': tuple(task.name for task in reasoning.ARC),
+}
+_UNCAPPED = ('superglue_t5',)
+_SCORED_SPLIT = 'validation'
 
 
 def names() -> list[str]:
@@ -37,9 +70,26 @@ def is_answer_task(name: str) -> bool:
   return name in _TASKS or name in _MIXTURES
 
 
-def expand(name: str) -> tuple[str, ...]:
-  """Returns the tasks of a mixture; a task is itself."""
+def members(name: str) -> tuple[str, ...]:
+  """Returns all tasks of a mixture; a task is itself."""
   return _MIXTURES.get(name, (name,))
+
+
+def expand(name: str) -> tuple[str, ...]:
+  """Returns the tasks of a mixture that are scored; a task is itself.
+
+  DPR, which has no validation split, is there to train WSC.
+  """
+  if name not in _MIXTURES:
+    return (name,)
+  return tuple(
+    task for task in members(name) if _SCORED_SPLIT in _TASKS[task].files.names
+  )
+
+
+def is_capped(name: str) -> bool:
+  """Whether `max_examples_per_task` bounds what counts in a mixture."""
+  return name not in _UNCAPPED
 
 
 def find_task(name: str) -> AnswerTask:
@@ -55,36 +105,48 @@ def find_task(name: str) -> AnswerTask:
   return _TASKS[name]
 
 
+def splits(name: str, config: DataConfig) -> tuple[str, ...]:
+  """Returns which splits of a task are read: to train on, and held out.
+
+  Both where it is all of `config.task`; in a mixture those that it has.
+  """
+  wanted = (config.train_split, config.eval_split)
+  if config.task.partition(':')[0].strip() == name:
+    return wanted
+  has = find_task(name).files.names
+  return tuple(split for split in wanted if split in has) or wanted
+
+
 def find_file(name: str, split: str, config: DataConfig) -> Path:
   """Returns the file that a split of a task is read from.
 
   Raises:
     UserError: there is none, or no such split.
   """
-  task = _TASKS[name]
+  files = find_task(name).files
+  if split not in files.names:
+    raise UserError(
+      f'task {name!r} has no split {split!r} (it has '
+      f'{", ".join(files.names)}); set DataConfig.train_split and eval_split, '
+      'or EvaluationConfig.split'
+    )
+  wanted = f'{files.folders[0]}/{files.names[split][0]}'
   if config.task_dir is None:
     raise UserError(
-      f'task {task.name!r} needs DataConfig.task_dir, the folder with '
-      f'{task.folder}/{_FILES["train"][0]}'
-    )
-  if split not in _FILES:
-    raise UserError(
-      f'task {task.name!r} has no split {split!r} (it has {", ".join(_FILES)})'
+      f'task {name!r} needs DataConfig.task_dir, the folder with {wanted}'
     )
   root = Path(config.task_dir).expanduser()
   if not root.is_dir():
     raise UserError(f'DataConfig.task_dir: there is no folder {root}')
-  benchmark = task.name.partition('.')[0]
-  for folder in (root, root / benchmark):
-    for file in _FILES[split]:
-      path = folder / task.folder / file
-      if path.is_file():
-        return path
-  raise UserError(
-    f'task {task.name!r}: there is no {task.folder}/{_FILES[split][0]} in '
-    f'{root}, nor in its folder {benchmark}; unpack the published archive '
-    'there, or set DataConfig.task_dir'
-  )
+  benchmark = name.partition('.')[0]
+  path = files.find(root, split) or files.find(root / benchmark, split)
+  if path is None:
+    raise UserError(
+      f'task {name!r}: there is no {wanted} in {root}, nor in its folder '
+      f'{benchmark}; unpack the published archive there, or set '
+      'DataConfig.task_dir'
+    )
+  return path
 
 
 def load_examples(
@@ -98,7 +160,7 @@ def load_examples(
     config: says where the files are.
     train: whether they are to be trained on: then a false WSC row gives none,
       ReCoRD one for each answer, and all must have labels. None: whether the
-      split is 'train'.
+      split is the one to train on.
 
   Raises:
     UserError: a missing file, a line that is no row of the task, no example.
@@ -107,32 +169,22 @@ def load_examples(
   with reading(path):
     stat = path.stat()
   if train is None:
-    train = split == 'train'
-  return _read(name, path, train, (stat.st_size, stat.st_mtime_ns))
+    train = split == config.train_split
+  version = (stat.st_size, stat.st_mtime_ns)
+  return _read(name, path, split, train, version)
 
 
 @functools.lru_cache(maxsize=32)
-def _read(name: str, path: Path, train: bool, version: Any) -> list[Example]:
+def _read(
+  name: str, path: Path, split: str, train: bool, version: Any
+) -> list[Example]:
   """Reads a file; `version` tells a changed file from the one before."""
-  task, examples = _TASKS[name], []
-  shown = f'{path.parent.name}/{path.name}'
-  with reading(path), path.open('rb') as file:
-    for number, line in enumerate(file, 1):
-      if line.strip():
-        where = f'{shown}:{number}'
-        examples += task.examples(_row(line, where), where, train)
+  task = _TASKS[name]
+  examples = [
+    example
+    for where, row in task.files.rows(path, split)
+    for example in task.examples(row, where, train)
+  ]
   if not examples:
     raise UserError(f'{path}: no example of {name}; is the file whole?')
   return examples
-
-
-def _row(line: bytes, where: str) -> Mapping[str, Any]:
-  try:
-    row = json.loads(line)
-  except (ValueError, UnicodeDecodeError) as error:
-    raise UserError(
-      f'{where}: not JSON ({error}); fix or remove the line'
-    ) from None
-  if not isinstance(row, dict):
-    raise UserError(f'{where}: not a JSON object; one row a line is expected')
-  return row

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from st_moe.data.downstream.published import Files
+
 # What was read from a model's text: the index of a choice, -1 for a text that
 # is none of them; or the text itself where an answer is free.
 Answer = int | str
@@ -42,13 +44,33 @@ class Example:
     return self.label is not None or bool(self.answers)
 
 
+def _as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
+  return row
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """The same rows in tfds.
+
+  Attributes:
+    dataset: 'super_glue/cb'.
+    splits: {split: what tfds calls it}; of others the names are the same.
+    row: makes of one of tfds' rows, as plain Python values, what is published.
+  """
+
+  dataset: str
+  splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  row: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
+
+
 @dataclasses.dataclass(frozen=True)
 class AnswerTask:
   """A task with answers.
 
   Attributes:
     name: 'superglue.cb'.
-    folder: of its files in the published archive, 'CB'.
+    files: where its rows are published.
+    prepared: where tfds has them.
     examples: makes examples of a row, given where it stands
       ('CB/train.jsonl:3') and whether they are to be trained on. A row may
       give none (WSC's false ones in training) or many (MultiRC).
@@ -58,7 +80,8 @@ class AnswerTask:
   """
 
   name: str
-  folder: str
+  files: Files
+  prepared: Prepared
   examples: Callable[[Mapping[str, Any], str, bool], list[Example]]
   answer: Callable[[str, Example], Answer]
   metrics: Callable[[Sequence[Answer], Sequence[Example]], dict[str, float]]

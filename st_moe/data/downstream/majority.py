@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 from st_moe.data.downstream.example import Answer, AnswerTask, Example
 
-_MOST_TRIED = 10  # free answers: the most frequent ones
+# Of free answers the most frequent ones are tried, if they are short: a summary
+# of one text says nothing of another.
+_MOST_TRIED = 3
+_MOST_WORDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +31,15 @@ def majority(task: AnswerTask, examples: Sequence[Example]) -> Majority | None:
   """Returns the constant answer with the highest score on these examples.
 
   Every label that they have is tried: the best need not be the most frequent
-  one (MultiRC's F1 counts "true" alone). Of free answers, the most frequent.
+  one (MultiRC's F1 counts "true" alone). Of free answers, the most frequent
+  short ones, and none at all.
 
   Args:
     task: says how answers are scored.
     examples: those without a label are left out.
 
   Returns:
-    None: there are no labels, or no free answer is right twice.
+    None: there are no labels.
   """
   labelled = [example for example in examples if example.labelled]
   answers = _constants(labelled)
@@ -53,8 +57,10 @@ def _constants(examples: Sequence[Example]) -> list[Answer]:
   if labels:
     return sorted(labels)
   counts = collections.Counter(
-    answer for example in examples for answer in sorted(set(example.answers))
+    answer
+    for example in examples
+    for answer in set(example.answers)
+    if len(answer.split()) <= _MOST_WORDS
   )
-  often = [answer for answer, count in counts.items() if count > 1]
-  often.sort(key=lambda answer: (-counts[answer], answer))
-  return often[:_MOST_TRIED]
+  often = sorted(counts, key=lambda answer: (-counts[answer], answer))
+  return [*often[:_MOST_TRIED], ''] if examples else []

@@ -30,7 +30,9 @@ def texts(
 def label_index(
   row: Mapping[str, Any], choices: Sequence[str], where: str, *, required: bool
 ) -> int | None:
-  """Returns which choice a row's 'label' is; None: it has none (-1, tfds').
+  """Returns which choice a row's 'label' is; None: it has none.
+
+  None are an empty text too, and -1, tfds' own.
 
   Args:
     row: its label is one of `choices`, an index, or a bool.
@@ -42,7 +44,7 @@ def label_index(
     UserError: no label, or one that is none of `choices`.
   """
   label = row.get('label')
-  if label is None or (label == -1 and not isinstance(label, bool)):
+  if label is None or label == '' or label == -1:
     if required:
       raise wrong_row(where, "'label', which training needs")
     return None

@@ -1,58 +1,30 @@
 """SuperGLUE as text to text: T5's formats (t5/data/preprocessors.py).
 
 Fields stand in the order of T5's tasks: sorted by name, unless the task lists
-them (WiC and MultiRC do). Labels are in the order of tfds.
+them (WiC and MultiRC do). Labels are in the order of tfds. The diagnostic sets
+AX-b and AX-g have RTE's format (t5/data/glue_utils.py), so that a model of RTE
+answers them; they are not trained on. WSC is in pronouns.py.
 """
 
+import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from st_moe.data.downstream import answers, metrics
-from st_moe.data.downstream.example import AnswerTask, Example
-from st_moe.data.downstream.rows import label_index, texts, wrong_row
+from st_moe.data.downstream import answers, metrics, pronouns
+from st_moe.data.downstream.example import AnswerTask, Example, Prepared
+from st_moe.data.downstream.formats import (
+  BOOLS,
+  UNLABELLED,
+  classified,
+  fields_and_label,
+  joined,
+)
+from st_moe.data.downstream.published import Files
+from st_moe.data.downstream.rows import label_index, wrong_row
 
-UNLABELLED = '<unk>'  # T5's target of a row without a label
-_BOOLS = ('False', 'True')
-
-
-def _join(prefix: str, fields: Mapping[str, str]) -> str:
-  return ' '.join(
-    [prefix, *(f'{name}: {text}' for name, text in fields.items())]
-  )
-
-
-def _classified(
-  inputs: str, choices: tuple[str, ...], label: int | None, **more: Any
-) -> Example:
-  targets = UNLABELLED if label is None else choices[label]
-  return Example(inputs, targets, choices, label, **more)
-
-
-def _plain(
-  row: Mapping[str, Any],
-  where: str,
-  train: bool,
-  *,
-  prefix: str,
-  fields: Mapping[str, str],
-  choices: tuple[str, ...],
-) -> list[Example]:
-  """One example of a row whose fields are texts.
-
-  Args:
-    row: as published.
-    where: it stands, for messages.
-    train: whether it has to have a label.
-    prefix: of the inputs.
-    fields: {name in the inputs: name in the row}, in their order.
-    choices: in the order of the labels.
-  """
-  values = texts(row, fields.values(), where)
-  named = dict(zip(fields, values, strict=True))
-  label = label_index(row, choices, where, required=train)
-  return [_classified(_join(prefix, named), choices, label, idx=row.get('idx'))]
+_ENTAILMENT = ('entailment', 'not_entailment')
 
 
 def _multirc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
@@ -62,25 +34,26 @@ def _multirc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
     passage, index = row['passage'], row.get('idx')
     paragraph = _without_markup(passage['text'])
     for number, question in enumerate(passage['questions']):
+      group = _group(where, index, question.get('idx'), number)
       for answer in question['answers']:
         inputs = {
           'question': _without_markup(question['question']),
           'answer': _without_markup(answer['text']),
           'paragraph': paragraph,
         }
-        label = label_index(answer, _BOOLS, where, required=train)
+        label = label_index(answer, BOOLS, where, required=train)
         idx = {
           'paragraph': index,
           'question': question.get('idx'),
           'answer': answer.get('idx'),
         }
         examples.append(
-          _classified(
-            _join('multirc', inputs),
-            _BOOLS,
+          classified(
+            joined('multirc', inputs),
+            BOOLS,
             label,
             idx=idx,
-            group=f'{where}#{number}',
+            group=group,
           )
         )
   except (AttributeError, KeyError, TypeError):
@@ -100,9 +73,7 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   try:
     text = row['passage']['text']
     spans = row['passage']['entities']
-    entities = tuple(
-      sorted({text[span['start'] : span['end'] + 1] for span in spans})
-    )
+    entities = tuple(sorted({_entity(text, span) for span in spans}))
     passage = re.sub(r'(\.|\?|\!|\"|\')\n@highlight\n', r'\1 ', text)
     passage = re.sub(r'\n@highlight\n', '. ', passage)
     for number, question in enumerate(row['qas']):
@@ -110,7 +81,7 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
       right = tuple(sorted({answer['text'] for answer in found}))
       if train and not right:
         raise wrong_row(where, "'answers', which training needs")
-      inputs = _join(
+      inputs = joined(
         'record',
         {
           'query': question['query'],
@@ -127,7 +98,7 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
             entities,
             answers=right,
             idx=idx,
-            group=f'{where}#{number}',
+            group=_group(where, row.get('idx'), question.get('idx'), number),
           )
         )
   except (AttributeError, KeyError, TypeError):
@@ -137,71 +108,103 @@ def _record(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   return examples
 
 
-def _wsc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
-  """The pronoun stands between stars; the target is what it may refer to.
-
-  Whether it does is the label: those that do not are not trained on. The
-  position of the pronoun counts words; in four published texts it is another
-  word, and the nearest place of the pronoun is taken.
-  """
-  try:
-    words = row['text'].rstrip().split(' ')
-    referent, pronoun = texts(
-      row['target'], ('span1_text', 'span2_text'), where
-    )
-    at = int(row['target']['span2_index'])
-  except (AttributeError, KeyError, TypeError, ValueError):
-    raise wrong_row(
-      where, 'text, target.span1_text, span2_text and span2_index'
-    ) from None
-  places = [i for i, word in enumerate(words) if _bare(word) == _bare(pronoun)]
-  if not places:
-    raise wrong_row(where, f'pronoun {pronoun!r} in its text')
-  label = label_index(row, _BOOLS, where, required=train)
-  if train and not label:
-    return []
-  place = min(places, key=lambda i: abs(i - at))
-  rest = words[place][len(pronoun) :]
-  words[place] = f'*{pronoun}* {rest}'.rstrip()
-  inputs = ' '.join(['wsc:', *words])
-  return [Example(inputs, referent, label=label, idx=row.get('idx'))]
+def _entity(text: str, span: Mapping[str, Any] | str) -> str:
+  """Returns what a span, its end included, covers; tfds has the text."""
+  if isinstance(span, str):
+    return span
+  return text[span['start'] : span['end'] + 1]
 
 
-def _bare(word: str) -> str:
-  return re.sub(r'^\W+|\W+$', '', word).lower()
+def _group(where: str, passage: Any, question: Any, number: int) -> str:
+  """Names a question or query: by its published numbers, or its place."""
+  if passage is None or question is None:
+    return f'{where}#{number}'
+  return f'{passage}-{question}'
+
+
+def _multirc_from_tfds(row: Mapping[str, Any]) -> dict[str, Any]:
+  """One row for each answer there."""
+  answer = {
+    'text': row['answer'],
+    'label': row['label'],
+    'idx': row['idx']['answer'],
+  }
+  question = {
+    'question': row['question'],
+    'idx': row['idx']['question'],
+    'answers': [answer],
+  }
+  passage = {'text': row['paragraph'], 'questions': [question]}
+  return {'idx': row['idx']['paragraph'], 'passage': passage}
+
+
+def _record_from_tfds(row: Mapping[str, Any]) -> dict[str, Any]:
+  """One row for each query there, with the texts of its entities."""
+  query = {
+    'query': row['query'],
+    'idx': row['idx']['query'],
+    'answers': [{'text': text} for text in row['answers']],
+  }
+  passage = {'text': row['passage'], 'entities': row['entities']}
+  return {'idx': row['idx']['passage'], 'passage': passage, 'qas': [query]}
+
+
+def _winogender(
+  row: Mapping[str, Any], where: str, train: bool
+) -> list[Example]:
+  """RTE's format; two rows of a pair differ in the gender of a pronoun."""
+  (example,) = _entailment(row, where, train)
+  return [dataclasses.replace(example, group=str(row.get('pair_id', where)))]
+
+
+_entailment = functools.partial(
+  fields_and_label,
+  prefix='rte',
+  fields={'hypothesis': 'hypothesis', 'premise': 'premise'},
+  choices=_ENTAILMENT,
+)
 
 
 def _task(
   name: str,
   folder: str,
   fields: str,
-  choices: Sequence[str],
+  choices: tuple[str, ...],
   score: Callable[..., metrics.Scores] = metrics.accuracy,
-  **names: str,
 ) -> AnswerTask:
   """Returns a task whose rows are texts.
 
   Args:
     name: 'cb', also the prefix of its inputs.
     folder: of its files.
-    fields: in the inputs, in their order.
+    fields: in the inputs and in its rows, in the order of the inputs.
     choices: in the order of the labels.
     score: its metrics.
-    **names: fields that the file calls otherwise.
   """
   examples = functools.partial(
-    _plain,
+    fields_and_label,
     prefix=name,
-    fields={field: names.get(field, field) for field in fields.split()},
-    choices=tuple(choices),
+    fields={field: field for field in fields.split()},
+    choices=choices,
   )
   return AnswerTask(
-    f'superglue.{name}', folder, examples, answers.choice, score
+    f'superglue.{name}',
+    Files((folder,)),
+    Prepared(f'super_glue/{name}'),
+    examples,
+    answers.choice,
+    score,
   )
+
+
+def _diagnostic(name: str) -> Files:
+  """The one file of a diagnostic set: no part of it is trained on."""
+  file = (f'{name}.jsonl', 'test.jsonl')
+  return Files((name,), {'validation': file, 'test': file})
 
 
 TASKS = (
-  _task('boolq', 'BoolQ', 'passage question', _BOOLS),
+  _task('boolq', 'BoolQ', 'passage question', BOOLS),
   _task(
     'cb',
     'CB',
@@ -216,12 +219,47 @@ TASKS = (
     ('choice1', 'choice2'),
   ),
   AnswerTask(
-    'superglue.multirc', 'MultiRC', _multirc, answers.choice, metrics.multirc
+    'superglue.multirc',
+    Files(('MultiRC',)),
+    Prepared('super_glue/multirc', row=_multirc_from_tfds),
+    _multirc,
+    answers.choice,
+    metrics.multirc,
   ),
   AnswerTask(
-    'superglue.record', 'ReCoRD', _record, answers.free_text, metrics.record
+    'superglue.record',
+    Files(('ReCoRD',)),
+    Prepared('super_glue/record', row=_record_from_tfds),
+    _record,
+    answers.free_text,
+    metrics.record,
   ),
-  _task('rte', 'RTE', 'hypothesis premise', ('entailment', 'not_entailment')),
-  _task('wic', 'WiC', 'sentence1 sentence2 word', _BOOLS),
-  AnswerTask('superglue.wsc', 'WSC', _wsc, answers.wsc, metrics.accuracy),
+  _task('rte', 'RTE', 'hypothesis premise', _ENTAILMENT),
+  _task('wic', 'WiC', 'sentence1 sentence2 word', BOOLS),
+  pronouns.WSC,
+)
+
+DIAGNOSTICS = (
+  AnswerTask(
+    'superglue.axb',
+    _diagnostic('AX-b'),
+    Prepared('super_glue/axb', {'validation': 'test'}),
+    functools.partial(
+      fields_and_label,
+      prefix='rte',
+      fields={'hypothesis': 'sentence2', 'premise': 'sentence1'},
+      choices=_ENTAILMENT,
+    ),
+    answers.choice,
+    metrics.matthews,
+  ),
+  AnswerTask(
+    'superglue.axg',
+    _diagnostic('AX-g'),
+    Prepared('super_glue/axg', {'validation': 'test'}),
+    _winogender,
+    answers.choice,
+    metrics.gender_parity,
+    ('accuracy',),  # one answer to everything has a parity of 100
+  ),
 )
