@@ -48,16 +48,15 @@ def run_steps(
       trainer.state, result = trainer.train_step(trainer.state, batch)
       step += 1
       step_log.add(step, result, waited, rows)
-      last, is_best, scores = step == config.steps, False, None
+      last, found = step == config.steps, None
       if step % config.eval_every == 0 or last:
         step_log.pause()
-        scores = trainer.evaluate(step)
-        progress.note(step, scores)
-        is_best = best.add(step, scores)
-      is_saved = step % config.checkpoint_every == 0 or last or best.over
-      if is_saved or (is_best and config.keep_best):
+        found = trainer.evaluate(step)
+        progress.note(step, found.scores, found.lines())
+      is_kept = found and found.is_best and config.keep_best
+      if step % config.checkpoint_every == 0 or last or best.over or is_kept:
         step_log.pause()
-        trainer.save(step, scores)
+        trainer.save(step, found and found.scores)
         saved = step
     if signals.received and saved != step:
       step_log.pause()
