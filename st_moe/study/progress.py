@@ -134,5 +134,10 @@ class _RunProgress:
     count, self._step = step - self._step, step
     self._grid.steps(count, '  '.join(describe(scalars)[:1]))
 
-  def note(self, step: int, scores: dict[str, float]) -> None:
+  def note(
+    self,
+    step: int,
+    scores: dict[str, float],
+    lines: Sequence[Sequence[str]] = (),
+  ) -> None:
     """Scores within a run are in its metrics.jsonl."""
