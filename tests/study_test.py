@@ -6,8 +6,9 @@ import re
 import pytest
 
 from st_moe import gin_files
+from st_moe.bindings import operative_config
 from st_moe.errors import UserError
-from st_moe.gin_files import parse_flag
+from st_moe.gin_files import load_config, parse_flag
 from st_moe.main import main
 from st_moe.study import declaration, grid
 from st_moe.study.grid import SCALES, Settings, choose, make_grid
@@ -15,20 +16,42 @@ from st_moe.study.grid import SCALES, Settings, choose, make_grid
 STUDIES = declaration.names()
 # What the run files of large scales require.
 FLAGS = (parse_flag('VOCABULARY=spiece.model'),)
+TASK = (parse_flag('TASK=superglue'), parse_flag('TASK_DIR=files'))
+TASKS = {'finetune_overfitting': TASK[1:]}  # whose arms name the task
 HEAD = 'title = "T"\npaper = "P"\nmetric = "neg_log_perplexity"\n'
 
 
-def grid_of(name, scale='tiny', seeds=(0,), flags=FLAGS):
-  return make_grid(
-    declaration.find_study(name), Settings(scale, (), flags), seeds
-  )
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory) -> dict[str, str]:
+  """What fine-tuning studies begin with: of ST-MoE-L and Dense-L at step 7."""
+  found = {}
+  for flag, model in (
+    ('checkpoint', 'st_moe_l'),
+    ('dense_checkpoint', 'dense_l'),
+  ):
+    path = tmp_path_factory.mktemp(model)
+    config = load_config([f'models/{model}.gin'])
+    (path / 'config.gin').write_text(operative_config(config))
+    (path / 'checkpoints' / '7').mkdir(parents=True)
+    found[flag] = str(path)
+  return found
+
+
+def grid_of(name, scale='tiny', seeds=(0,), flags=FLAGS, weights=None):
+  study = declaration.find_study(name)
+  if study.recipe == 'finetune':
+    settings = Settings(scale, (), TASKS.get(name, TASK), **weights)
+  else:
+    settings = Settings(scale, (), flags)
+  return make_grid(study, settings, seeds)
 
 
 @pytest.mark.parametrize('scale', SCALES)
 @pytest.mark.parametrize('name', STUDIES)
-def test_every_arm_is_a_legal_run_of_its_own(name, scale):
+def test_every_arm_is_a_legal_run_of_its_own(name, scale, weights):
   study = declaration.find_study(name)
-  arms = [arm for run in grid_of(name, scale) for arm in run.arms]
+  runs = grid_of(name, scale, weights=weights)
+  arms = [arm for run in runs for arm in run.arms]
   assert sorted(arms) == sorted(arm.name for arm in study.arms_at(scale))
   assert study.reference in arms
   assert study.claims_at(scale)
@@ -37,7 +60,7 @@ def test_every_arm_is_a_legal_run_of_its_own(name, scale):
 @pytest.mark.parametrize('name', STUDIES)
 def test_every_gin_file_of_a_study_is_one_of_its_arms(name):
   study = declaration.find_study(name)
-  used = {arm.file.resolve() for arm in study.arms}
+  used = {file.resolve() for arm in study.arms for file in arm.files}
   assert set(study.folder.resolve().glob('*.gin')) <= used
 
 
@@ -45,10 +68,13 @@ def test_every_gin_file_of_a_study_is_one_of_its_arms(name):
 def test_the_paper_s_numbers_agree_with_the_first_lines_of_the_arms(name):
   study = declaration.find_study(name)
   for arm in study.arms:
-    comment = arm.file.read_text().splitlines()[0]
+    if [file.stem for file in arm.files] != [arm.name]:
+      continue  # made of several files
+    comment = arm.files[0].read_text().splitlines()[0]
     printed = re.search(r': (-?\d\.\d{3})', comment)
     value = arm.paper.value
-    assert (printed and float(printed[1])) == value, arm.name
+    if study.metric == 'neg_log_perplexity':
+      assert (printed and float(printed[1])) == value, arm.name
 
 
 @pytest.mark.parametrize('name', STUDIES)
@@ -64,6 +90,53 @@ def test_what_is_claimed_is_what_the_paper_s_numbers_say(name):
       assert abs(value) < claim.margin, claim.text
     else:
       assert value > -claim.margin, claim.text
+
+
+def test_the_means_of_figure_6():
+  """Over six cells of Table 20 each, and nine for the slots."""
+  from st_moe.study.summary import _paper_contrast
+
+  study = declaration.find_study('finetune_batch_lr')
+  found = {
+    claim.text: round(
+      _paper_contrast(study, 'l', claim.contrast, claim.metric), 2
+    )
+    for claim in study.claims
+  }
+  assert found == {
+    'Resetting the slots hurts the sparse model': 0.86,
+    'Resetting the slots hurts the dense model': 0.48,
+    'The sparse model prefers small batches': 0.33,
+    'The dense model prefers large batches': 0.45,
+    'The sparse model prefers high learning rates': 1.03,
+    'The dense model prefers low learning rates': 0.75,
+    'Sparse is better than dense': 0.98,
+  }
+
+
+def test_runs_that_keep_the_slots_are_as_long_as_others(weights):
+  runs = grid_of('finetune_batch_lr', weights=weights)
+  steps = {run.config.initial_optimizer: run.config.steps for run in runs}
+  assert steps == {'carried': 207, 'fresh': 200}
+  assert {grid.steps_to_train(run.config) for run in runs} == {200}
+  sparse = [run for run in runs if run.config.model.num_experts]
+  assert len(sparse) == len(runs) / 2 == 18
+  batches = {run.name.split('_')[2]: run.config.batch_size for run in runs}
+  assert batches == {'1m': 256, '262k': 64, '65k': 16}
+  large = grid_of('finetune_batch_lr', 'l', weights=weights)
+  assert {run.config.batch_size for run in large} == {2048, 512, 128}
+  assert {run.config.data.task_dir for run in runs} == {'files'}
+
+
+def test_arms_of_a_model_that_is_not_given_are_left_out(weights, capsys):
+  argv = ['study', 'finetune_overfitting', '--dry_run', '--gin.TASK_DIR=files']
+  argv.append(f'--checkpoint={weights["checkpoint"]}')
+  assert main(argv) == 0
+  out = capsys.readouterr().out
+  assert out.startswith(
+    'without --dense_checkpoint there are no arms dense_cb, dense_record\n'
+  )
+  assert '\n6 runs, ' in out and f'from {weights["checkpoint"]}\n' in out
 
 
 def test_arms_that_differ_in_evaluation_only_are_trained_once():
@@ -186,6 +259,8 @@ def test_dry_run_prints_the_grid_and_its_cost(capsys, monkeypatch):
     (['stabilty'], 'no study stabilty; did you mean stability?'),
     (['z_loss'], 'no study z_loss; did you mean z_loss_sweep?'),
     (['bias'], 'study needs --workdir=DIR, or --dry_run'),
+    (['finetune_subsets', '--dry_run'], 'arm all: this is a study of fine-tu'),
+    (['bias', '--checkpoint=x'], 'bias is a study of pretraining: it takes'),
     (['bias', '--scale=tiney'], '--scale=tiney is none of'),
     (['bias', '--seeds=0', '--dry_run'], '--seeds must be at least 1'),
     (['bias', 'runs'], 'study bias takes no runs; give --workdir=DIR'),

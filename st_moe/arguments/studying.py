@@ -19,6 +19,13 @@ def add_study(subparsers: Any) -> Parser:
   add('directory', nargs='?', metavar='DIR', help='of `study report`')
   add('--scale', default='tiny', help='tiny, small, l, xl or 32b (tiny)')
   add('--seeds', type=int, default=3, metavar='N', help='0 to N - 1 (3)')
+  add(
+    '--checkpoint',
+    metavar='DIR',
+    help='what arms of a fine-tuning study begin with: a run, or a model that '
+    '`st_moe convert` made',
+  )
+  add('--dense_checkpoint', metavar='DIR', help='the same of its dense arms')
   add('--workdir', metavar='DIR', help='for runs, results and the report')
   add(
     '--arm',

@@ -11,6 +11,7 @@ from st_moe.bindings import Binding
 from st_moe.commands import starting
 from st_moe.config import RunConfig
 from st_moe.errors import UserError
+from st_moe.model_gin import gin_file_of
 from st_moe.workdir import CONFIG_FILE, MODEL_FILE
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def _of_a_model(
     of_text: the command reads text; TASK and the other macros of
       runs/evaluate.gin may name it without that file.
   """
-  found = starting.gin_file_of(path)
+  found = gin_file_of(path)
   if found is None:
     raise UserError(
       f'{path} holds no model: it has no {CONFIG_FILE} and no {MODEL_FILE}; '

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,28 +52,51 @@ def report(directory: Path) -> None:
   print(f'report: {page}', flush=True)
 
 
-def command_text(study: Study, settings: Settings, argv: Sequence[str]) -> str:
+def command_text(study: Study, args: argparse.Namespace) -> str:
   """Returns the command that makes the study, without seeds, shards, places."""
-  kept = [word for word in argv if word.startswith(('--gin', '--module'))]
   name = study.name if study.name in declaration.names() else study.folder
-  words = ['st_moe', 'study', str(name), f'--scale={settings.scale}', *kept]
+  words = ['st_moe', 'study', str(name), f'--scale={args.scale}']
+  words += [f'--module={module}' for module in args.module]
+  for flag in ('checkpoint', 'dense_checkpoint'):
+    if (path := getattr(args, flag)) is not None:
+      words.append(f'--{flag}={path}')
+  words += [f'--gin_file={file}' for file in args.gin_file]
+  words += [f'{flag.where}={flag.value}' for flag in args.gin_bindings]
   return shlex.join(words)
 
 
 def record_of(
-  study: Study, settings: Settings, argv: Sequence[str]
+  study: Study, settings: Settings, args: argparse.Namespace
 ) -> dict[str, Any]:
   """Returns study.json: what the results of a folder are results of."""
   known = study.name in declaration.names()
   return {
     'study': study.name if known else str(study.folder.resolve()),
     'scale': settings.scale,
-    'command': command_text(study, settings, argv),
+    'command': command_text(study, args),
     'arms': {
       arm.name: fingerprint(configure(study, arm, settings, 0))
       for arm in study.arms_at(settings.scale)
     },
   }
+
+
+def _with_given_models(study: Study, settings: Settings) -> Study:
+  """Leaves out the arms of a model that is not given; says so."""
+  given = settings.checkpoint, settings.dense_checkpoint
+  if study.recipe == 'pretrain':
+    if any(given):
+      raise UserError(
+        f'{study.name} is a study of pretraining: it takes no checkpoint'
+      )
+    return study
+  if not any(given):
+    return study  # which the first arm finds wrong
+  kept = [arm.name for arm in study.arms if given[arm.dense]]
+  if left := [arm.name for arm in study.arms if not given[arm.dense]]:
+    flag = 'checkpoint' if given[1] else 'dense_checkpoint'
+    print(f'without --{flag} there are no arms {", ".join(left)}')
+  return study.with_arms(kept)
 
 
 def _grid(args: argparse.Namespace) -> tuple[Study, Settings, list[Run]]:
@@ -85,8 +107,13 @@ def _grid(args: argparse.Namespace) -> tuple[Study, Settings, list[Run]]:
   if args.seed is not None:
     raise UserError('study has seeds 0 to N - 1: give --seeds=N, not --seed')
   settings = Settings(
-    args.scale, tuple(args.gin_file), tuple(args.gin_bindings)
+    args.scale,
+    tuple(args.gin_file),
+    tuple(args.gin_bindings),
+    args.checkpoint,
+    args.dense_checkpoint,
   )
+  study = _with_given_models(study, settings)
   runs = make_grid(study, settings, range(args.seeds))
   return study, settings, choose(runs, args.arm, args.shard)
 
@@ -105,7 +132,7 @@ def run(args: argparse.Namespace, resume_command: str) -> None:
 
   study, settings, runs = _grid(args)
   directory = Path(args.workdir) if args.workdir is not None else None
-  record = record_of(study, settings, args.argv)
+  record = record_of(study, settings, args)
   if args.dry_run:
     from st_moe.study.costs import print_grid
 

@@ -19,7 +19,13 @@ from st_moe.config import RunConfig
 from st_moe.metrics import duration
 from st_moe.plan.targets import parse_target
 from st_moe.study.declaration import Study
-from st_moe.study.grid import SCALES, Run, Settings, left_to_do
+from st_moe.study.grid import (
+  SCALES,
+  Run,
+  Settings,
+  left_to_do,
+  steps_to_train,
+)
 
 _SIZE = 1024  # of the matrices that are multiplied
 _SECONDS = 0.3  # of multiplying
@@ -57,7 +63,7 @@ def rate_of(topology: str | None) -> Rate:
 
 def run_flops(config: RunConfig) -> float:
   """Returns the model FLOPs of the training steps of a run."""
-  return config.steps * sum(step_flops(config, 1).values())
+  return steps_to_train(config) * sum(step_flops(config, 1).values())
 
 
 def print_grid(
@@ -81,7 +87,12 @@ def print_grid(
   console = Console(highlight=False, soft_wrap=True)
   seeds = sorted({run.seed for run in runs})
   console.print(f'{study.name}: {study.title} ({study.paper})')
-  console.print(f'scale {settings.scale}: {SCALES[settings.scale].text}\n')
+  if study.recipe == 'finetune':
+    models = (settings.checkpoint, settings.dense_checkpoint)
+    begins = f'from {" and ".join(filter(None, models))}'
+  else:
+    begins = SCALES[settings.scale].text
+  console.print(f'scale {settings.scale}: {begins}\n')
   rows = []
   for run in runs:
     if run.seed != seeds[0]:
@@ -90,7 +101,7 @@ def print_grid(
     rows.append(
       [
         run.name,
-        f'{run.config.steps:,}',
+        f'{steps_to_train(run.config):,}',
         f'{sum(run.config.data.lengths.values()) * run.config.batch_size:,}',
         f'{flops / 1e15:.4g}',
         duration(flops / rate.flops),

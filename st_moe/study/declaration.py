@@ -5,15 +5,17 @@ package's own are in gin_configs/ablations/. Keys of study.toml:
 
   title, paper    what it is, and the table or figure it stands for
   setting         how the paper ran it
+  recipe          'pretrain' (without it) or 'finetune': from given weights
   metric          a name of METRICS: what is compared
   reference       the arm to which the others are compared
   notes           what the paper leaves open, what is missing here
   [scales.SCALE]  settings of all arms at a scale, as `NAME = VALUE`
-  [[arms]]        name; gin: a file, NAME.gin unless given ('STUDY/ARM.gin'
-                  for that of another study); paper: the paper's value, or
-                  {value, sd, stable = [of, all]}; settings.SCALE: settings that
-                  depend on the scale (an arm with `settings` exists only at
-                  the scales it names); papers.SCALE: the paper's value at it
+  [[arms]]        name; gin: a file or several, NAME.gin unless given
+                  ('STUDY/ARM.gin' for that of another study); paper: the
+                  paper's value, or {value, sd, stable = [of, all]};
+                  papers.SCALE: its value at a scale; settings.SCALE: settings
+                  that depend on the scale; scales: at which it exists (all);
+                  dense: whether it is fine-tuned from the dense model
   [[claims]]      text; contrast: weights of arms; expects: 'above' (zero),
                   'not_below' or 'within' (a margin in the metric's unit);
                   metric: another one
@@ -22,7 +24,7 @@ package's own are in gin_configs/ablations/. Keys of study.toml:
 import dataclasses
 import difflib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from st_moe import gin_files
 from st_moe.errors import UserError
 
 FILE = 'study.toml'
+RECIPES = ('pretrain', 'finetune')
 EXPECTATIONS = ('above', 'not_below', 'within')
 
 
@@ -65,6 +68,14 @@ METRICS = {
   'seconds_per_step': Metric(
     'seconds_per_step', 'seconds of a training step, median', 4, False
   ),
+  # Of tasks with answers, from 0 to 100: of SuperGLUE its average.
+  'score': Metric(
+    'peak/eval/score', 'highest score on development sets, 0 to 100', 2
+  ),
+  'train_cross_entropy': Metric(
+    'train/cross_entropy',
+    'cross entropy in training at the end, nats per target token',
+  ),
   'stable': Metric('stable', 'share of runs that stay stable', 2),
 }
 
@@ -90,20 +101,26 @@ class Arm:
 
   Attributes:
     name: of the arm, and of its results.
-    file: its gin file.
+    files: its gin files, in order.
     paper: what the paper printed of it.
     papers: the same at some scales.
-    settings: {scale: {name: value}}; None: the same at every scale.
+    settings: {scale: {name: value}}, after the files.
+    scales: at which it exists; None: all.
+    dense: whether it begins with the dense model of a fine-tuning study.
   """
 
   name: str
-  file: Path
+  files: tuple[Path, ...]
   paper: Paper = Paper()
   papers: Mapping[str, Paper] = dataclasses.field(default_factory=dict)
-  settings: Mapping[str, Mapping[str, Any]] | None = None
+  settings: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  scales: tuple[str, ...] | None = None
+  dense: bool = False
 
   def exists_at(self, scale: str) -> bool:
-    return self.settings is None or scale in self.settings
+    return self.scales is None or scale in self.scales
 
   def paper_at(self, scale: str) -> Paper:
     return self.papers.get(scale, self.paper)
@@ -142,10 +159,16 @@ class Study:
   reference: str
   arms: tuple[Arm, ...]
   claims: tuple[Claim, ...]
+  recipe: str = 'pretrain'
   notes: tuple[str, ...] = ()
   scales: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
   )
+
+  def with_arms(self, names: Collection[str]) -> 'Study':
+    """Returns the study with some of its arms only."""
+    arms = tuple(arm for arm in self.arms if arm.name in names)
+    return dataclasses.replace(self, arms=arms)
 
   def arms_at(self, scale: str) -> list[Arm]:
     return [arm for arm in self.arms if arm.exists_at(scale)]
@@ -200,7 +223,7 @@ def read_study(folder: Path) -> Study:
     content,
     'the study',
     needed=('title', 'paper', 'metric', 'reference', 'arms'),
-    others=('setting', 'notes', 'scales', 'claims'),
+    others=('setting', 'notes', 'scales', 'claims', 'recipe'),
   )
   metric = reader.one_of(content['metric'], METRICS, 'metric')
   arms = tuple(reader.arm(arm) for arm in content['arms'])
@@ -220,6 +243,7 @@ def read_study(folder: Path) -> Study:
     claims=tuple(
       reader.claim(claim, known, metric) for claim in content.get('claims', ())
     ),
+    recipe=reader.one_of(content.get('recipe', 'pretrain'), RECIPES, 'recipe'),
     notes=tuple(content.get('notes', ())),
     scales=content.get('scales', {}),
   )
@@ -279,21 +303,25 @@ class _Reader:
       table,
       'an arm',
       needed=('name',),
-      others=('gin', 'paper', 'papers', 'settings'),
+      others=('gin', 'paper', 'papers', 'settings', 'scales', 'dense'),
     )
     name = table['name']
     given = table.get('gin', f'{name}.gin')
-    folder = self._path.parent
-    file = (folder.parent if '/' in given else folder) / given
-    if not file.is_file():
-      self.fail(f'arm {name}: there is no {file}')
+    folder, files = self._path.parent, []
+    for gin in [given] if isinstance(given, str) else given:
+      files.append((folder.parent if '/' in gin else folder) / gin)
+      if not files[-1].is_file():
+        self.fail(f'arm {name}: there is no {files[-1]}')
+    scales = table.get('scales')
     papers = table.get('papers', {})
     return Arm(
       name=name,
-      file=file,
+      files=tuple(files),
       paper=self.paper(table.get('paper', {}), name),
       papers={scale: self.paper(papers[scale], name) for scale in papers},
-      settings=table.get('settings'),
+      settings=table.get('settings', {}),
+      scales=scales and tuple(scales),
+      dense=table.get('dense', False),
     )
 
   def claim(self, table: Any, arms: list[str], metric: str) -> Claim:

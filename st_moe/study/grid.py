@@ -15,6 +15,7 @@ from st_moe.bindings import Binding, Resolver, flatten
 from st_moe.config import RunConfig
 from st_moe.errors import UserError, did_you_mean
 from st_moe.gin_files import find, read_bindings, read_file, shown
+from st_moe.model_gin import model_bindings
 from st_moe.study.declaration import Arm, Study
 from st_moe.study.results import result_file
 
@@ -89,11 +90,15 @@ class Settings:
     scale: a name of SCALES.
     files: gin files, read after those of the scale.
     flags: bindings of the command line, which win over everything.
+    checkpoint: with which arms of a fine-tuning study begin.
+    dense_checkpoint: with which its dense arms begin.
   """
 
   scale: str
   files: tuple[str, ...] = ()
   flags: tuple[Binding, ...] = ()
+  checkpoint: str | None = None
+  dense_checkpoint: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,35 +136,94 @@ def _bindings(settings: Mapping[str, Any], where: str) -> list[Binding]:
   return [Binding(name, value, where) for name, value in settings.items()]
 
 
-def resolver(study: Study, arm: Arm, settings: Settings, seed: int) -> Resolver:
-  """Returns the configuration of an arm, with the places of its settings.
-
-  Later ones win: files of the scale, the user's files, settings of the scale,
-  of the study at it, the arm's gin file, its settings at the scale, flags.
-  """
+def _pretraining(settings: Settings) -> list[Binding]:
+  """Returns what all arms of a pretraining study begin with."""
   scale = find_scale(settings.scale)
-  where = shown((study.folder / 'study.toml').resolve())
   files = [find(name) for name in (*scale.files, *settings.files)]
   given = [binding for file in files for binding in read_file(file)]
-  given += _bindings(scale.settings, f'--scale {settings.scale}')
+  return given + _bindings(scale.settings, f'--scale {settings.scale}')
+
+
+def _finetuning(settings: Settings, *, dense: bool) -> list[Binding]:
+  """Returns what arms of a fine-tuning study begin with.
+
+  The model of the checkpoint, with the paper's recipe for such a model.
+  """
+  flag = 'dense_checkpoint' if dense else 'checkpoint'
+  path = getattr(settings, flag)
+  if path is None:
+    raise UserError(
+      f'this is a study of fine-tuning: give --{flag}=DIR, a run or a model '
+      'that `st_moe convert` made'
+    )
+  recipe = f'runs/finetune_{"dense" if dense else "sparse"}.gin'
+  given = model_bindings(Path(path))
+  for name in (recipe, *settings.files):
+    given += read_file(find(name))
+  given += _bindings(
+    {'RunConfig.initial_checkpoint': path, 'RunConfig.tensorboard': False},
+    f'--{flag}',
+  )
+  return given
+
+
+def _resolver(
+  study: Study, arm: Arm, settings: Settings, seed: int
+) -> Resolver:
+  """Returns the configuration of an arm, with the places of its settings.
+
+  Later ones win: files of the scale (or the weights' model and the recipe), the
+  user's files, settings of the scale, of the study at it, the arm's gin file,
+  its settings at the scale, flags.
+  """
+  find_scale(settings.scale)
+  where = shown((study.folder / 'study.toml').resolve())
+  if study.recipe == 'finetune':
+    given = _finetuning(settings, dense=arm.dense)
+  else:
+    given = _pretraining(settings)
   if any(flag.name == 'FILES' for flag in settings.flags):
     given.append(Binding('TASK', 'text', '--gin.FILES'))
   given += _bindings(study.scales.get(settings.scale, {}), where)
-  given += read_file(arm.file.resolve())
-  given += _bindings((arm.settings or {}).get(settings.scale, {}), where)
+  for file in arm.files:
+    given += read_file(file.resolve())
+  given += _bindings(arm.settings.get(settings.scale, {}), where)
   return Resolver(read_bindings([], [*given, *settings.flags], seed))
 
 
-def configure(study: Study, arm: Arm, settings: Settings, seed: int):
-  """Returns the RunConfig of an arm at a scale.
+def configure(
+  study: Study, arm: Arm, settings: Settings, seed: int
+) -> RunConfig:
+  """Returns the configuration of an arm at a scale.
+
+  An arm that carries the optimizer of its weights on counts from their step: it
+  is trained for as many steps as the others.
 
   Raises:
     UserError: with the arm's name.
   """
   try:
-    return resolver(study, arm, settings, seed).run_config()
+    config = _resolver(study, arm, settings, seed).run_config()
   except UserError as e:
     raise UserError(f'arm {arm.name}: {e}') from e
+  if config.initial_optimizer == 'carried':
+    before = _newest_step(Path(config.initial_checkpoint))
+    return dataclasses.replace(config, steps=before + config.steps)
+  return config
+
+
+def steps_to_train(config: RunConfig) -> int:
+  """Returns the steps of a run, without those that its weights bring along."""
+  if config.initial_optimizer != 'carried':
+    return config.steps
+  return config.steps - _newest_step(Path(config.initial_checkpoint))
+
+
+def _newest_step(path: Path) -> int:
+  """Returns the step of given weights; 0 where there are none."""
+  folder = path if path.name == 'checkpoints' else path / 'checkpoints'
+  names = [child.name for child in folder.glob('*') if child.name.isdigit()]
+  return max(map(int, names), default=0)
 
 
 def fingerprint(config: RunConfig) -> str:

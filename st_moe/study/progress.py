@@ -14,7 +14,7 @@ from rich.progress import (
 )
 
 from st_moe.metrics import describe, duration
-from st_moe.study.grid import Run
+from st_moe.study.grid import Run, steps_to_train
 from st_moe.study.results import Result
 
 _SCORE = 'eval/neg_log_perplexity_all_targets'
@@ -65,17 +65,18 @@ class GridProgress:
   def run(self, run: Run, state: Any) -> '_RunProgress':
     """Returns what the training loop tells its steps to."""
     title = f'run {self._done + 1}/{self._runs}  {run.name}  seed {run.seed}'
+    done = int(state.step) - (run.config.steps - steps_to_train(run.config))
+    self._left -= done
+    self._bars.update(self._all, advance=done)
     return _RunProgress(self, title, int(state.step), run.config.steps)
 
   def begin_run(self, title: str, start: int, total: int) -> None:
-    self._left -= start
-    self._bars.update(self._all, advance=start)
     self._bars.reset(
       self._one, total=total, completed=start, description=title, visible=True,
       state='compiling',
     )  # fmt: skip
     if not self._console.is_terminal:
-      going_on = f' (goes on at step {start})' if start else ''
+      going_on = f' (from step {start})' if start else ''
       self._print(f'{title}{going_on}')
 
   def steps(self, count: int, state: str) -> None:
@@ -135,9 +136,6 @@ class _RunProgress:
     self._grid.steps(count, '  '.join(describe(scalars)[:1]))
 
   def note(
-    self,
-    step: int,
-    scores: dict[str, float],
-    lines: Sequence[Sequence[str]] = (),
+    self, step: int, scores: dict[str, float], lines: Sequence[Any] = ()
   ) -> None:
     """Scores within a run are in its metrics.jsonl."""

@@ -15,6 +15,7 @@ from st_moe.study.summary import summarize
 from st_moe.workdir import write_json
 
 _NONE = '-'  # a cell without a value
+_NAMED_ARMS = 8  # of a contrast, up to which all are named
 
 
 def write_report(directory: Path) -> tuple[Path, dict[str, Any]]:
@@ -101,7 +102,10 @@ def differences_table(summary: dict[str, Any]) -> list[list[str]]:
 
 
 def contrast_text(claim: dict[str, Any]) -> str:
-  """Returns 'top2 - top1' or '1/3 a + 1/3 b - 2/3 c'."""
+  """Returns 'top2 - top1', '0.5 a + 0.5 b - c', or how many are averaged."""
+  if len(claim['contrast']) > _NAMED_ARMS:
+    signs = [weight > 0 for weight in claim['contrast'].values()]
+    return f'mean of {signs.count(True)} arms - mean of {signs.count(False)}'
   words = []
   for arm, weight in claim['contrast'].items():
     sign = '-' if weight < 0 else '+'

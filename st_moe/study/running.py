@@ -24,7 +24,7 @@ from st_moe.errors import RunStopped
 from st_moe.metrics import read_metrics
 from st_moe.study import results
 from st_moe.study.declaration import METRICS
-from st_moe.study.grid import Run, fingerprint, left_to_do
+from st_moe.study.grid import Run, fingerprint, left_to_do, steps_to_train
 from st_moe.study.progress import GridProgress
 from st_moe.study.results import Result
 from st_moe.trainer import start
@@ -52,7 +52,8 @@ def run_grid(
   todo = left_to_do(directory, runs)
   timed = any(not METRICS[name].repeats for name in metrics)
   logging.getLogger('st_moe').setLevel(logging.WARNING)
-  with GridProgress(len(runs), [run.config.steps for run in todo]) as progress:
+  steps = [steps_to_train(run.config) for run in todo]
+  with GridProgress(len(runs), steps) as progress:
     for run in todo:
       done = _execute(directory, run, progress, command, timed)
       if isinstance(done, str):
@@ -124,7 +125,7 @@ def _results(
     history['step'],
     history['cross_entropy'],
     int(logged[-1]['skipped_steps']),
-    run.config.steps,
+    steps_to_train(run.config),
   )
   common = dict(
     seed=run.seed,
@@ -135,7 +136,7 @@ def _results(
     history=history,
     made_by=_made_by(trainer),
   )
-  statistics = {} if stopped else _statistics(logged, timed)
+  statistics = {} if stopped else _statistics(rows, logged, timed)
   return [
     Result(
       arm=arm,
@@ -149,12 +150,17 @@ def _results(
   ]
 
 
-def _statistics(logged: list[dict[str, Any]], timed: bool) -> dict[str, float]:
-  """Returns what the log says of a run at its end."""
+def _statistics(
+  rows: list[dict[str, Any]], logged: list[dict[str, Any]], timed: bool
+) -> dict[str, float]:
+  """Returns what the log says of a run at its end, and at its best."""
   last = logged[-1]
+  scores = [row['eval/score'] for row in rows if 'eval/score' in row]
   values = {'train/cross_entropy': last['cross_entropy']}
   values['router/z_loss'] = results.mean_over_layers(last, 'z_loss')
   values['router/fraction_dropped'] = last.get('router/fraction_dropped')
+  if scores:
+    values['peak/eval/score'] = max(scores)
   if timed:
     seconds = [
       row['tokens'] / row['tokens_per_second']

@@ -25,8 +25,8 @@ def summarize(
     results: all that there are; those of other configurations are left out,
       and named in 'warnings'.
   """
-  scale = record['scale']
-  known = record['arms']
+  scale, known = record['scale'], record['arms']
+  study = study.with_arms(known)
   mine = [r for r in results if known.get(r.arm) == r.configuration]
   arms = [_arm(arm, scale, study, mine) for arm in study.arms_at(scale)]
   return {
