@@ -44,6 +44,7 @@ SMALL = [
 SMALL_BENCH = {
   'layer': ['--tokens=64', '--d_model=16', '--d_ff=16', '--rounds=1'],
   'step': [*SMALL, '--gin.STEPS=100', '--rounds=1'],
+  'generate': [*SMALL, '--gin.STEPS=100', '--batch_size=8', '--rounds=1'],
   'peers': ['--tokens=64', '--d_model=16', '--d_ff=16', '--rounds=1'],
 }
 # The README's models are deeper and have 8 experts.

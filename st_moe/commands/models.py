@@ -207,10 +207,10 @@ def trace(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-  """Measures a layer, a step or peers."""
-  if args.kind == 'step' and not args.gin_file:
+  """Measures a layer, a step, generation or peers."""
+  if args.kind in ('step', 'generate') and not args.gin_file:
     raise UserError(
-      'bench step needs --gin_file=FILE, for example '
+      f'bench {args.kind} needs --gin_file=FILE, for example '
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
   config = starting.configure(args, args.gin_file)
