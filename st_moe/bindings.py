@@ -5,9 +5,9 @@ config/ and macros. main.py reads them from gin files and the command line;
 this file checks every name, macro and type, and says where a wrong one stands.
 
 Sections: RunConfig, ModelConfig, OptimizerConfig, DataConfig, MeshConfig,
-EvaluationConfig, and RouterConfig, which applies to both stacks unless
-`encoder/` or `decoder/` stands before it. `RouterConfig.preset` names the
-values that the other bindings change.
+EvaluationConfig, HealthConfig, and RouterConfig, which applies to both stacks
+unless `encoder/` or `decoder/` stands before it. `RouterConfig.preset` names
+the values that the other bindings change.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from st_moe.config import (
   ROUTER_PRESETS,
   DataConfig,
   EvaluationConfig,
+  HealthConfig,
   MeshConfig,
   ModelConfig,
   OptimizerConfig,
@@ -37,6 +38,7 @@ _CLASSES = {
     DataConfig,
     MeshConfig,
     EvaluationConfig,
+    HealthConfig,
   )
 }
 _STACKS = ('encoder', 'decoder')
@@ -47,6 +49,7 @@ _PARTS = {
   'data': 'DataConfig',
   'mesh': 'MeshConfig',
   'evaluation': 'EvaluationConfig',
+  'health': 'HealthConfig',
   'encoder_router': 'encoder/RouterConfig',
   'decoder_router': 'decoder/RouterConfig',
 }
@@ -299,6 +302,7 @@ class Resolver:
       evaluation=self._build(
         EvaluationConfig(), self._settings('EvaluationConfig')
       ),
+      health=self._build(HealthConfig(), self._settings('HealthConfig')),
     )
     self._check_effects(model)
     return config
@@ -342,6 +346,7 @@ def flatten(config: RunConfig) -> dict[str, Any]:
       'DataConfig': config.data,
       'MeshConfig': config.mesh,
       'EvaluationConfig': config.evaluation,
+      'HealthConfig': config.health,
     }
   )
 

@@ -68,6 +68,7 @@ class StackInputs:
     encoded: [batch, input length, d_model]; None in an encoder.
     encoded_segments: int [batch, input length]; None in an encoder.
     index: int32 [] the position being decoded; None outside decoding.
+    record: whether stats hold the decisions of routers, token by token.
   """
 
   segments: jax.Array
@@ -79,6 +80,7 @@ class StackInputs:
   encoded: jax.Array | None = None
   encoded_segments: jax.Array | None = None
   index: jax.Array | None = None
+  record: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 @flax.struct.dataclass
@@ -246,5 +248,6 @@ class Block(nn.Module):
       train=self.train,
       decode=decode,
       token_embeddings=inputs.token_embeddings if wants_words else None,
+      record=inputs.record,
     )
     return self._residual(x, y), stats

@@ -77,6 +77,7 @@ def router_health(stats: dict[str, Any], config: ModelConfig) -> RouterHealth:
     fields = {
       field.name: np.asarray(getattr(fields, field.name))
       for field in dataclasses.fields(fields)
+      if field.name != 'decisions'
     }
     load = fields['expert_load']  # [sparse layers, experts]
     fields['max_load'] = load.max(axis=-1) * load.shape[-1]
@@ -421,11 +422,17 @@ class Progress:
       lines.append(Text('routers  ' + '  '.join(routers), style='dim'))
     self._live.update(Group(*lines), refresh=True)
 
-  def note(self, step: int, scores: dict[str, float]) -> None:
-    """Prints a line that stays: the scores of an evaluation."""
+  def note(
+    self,
+    step: int,
+    scores: dict[str, float],
+    lines: Sequence[Sequence[str]] = (),
+  ) -> None:
+    """Prints lines that stay: the scores of an evaluation, and more of it."""
     if self._shown:
       values = describe(scores, _SHOWN_SCORES)
-      self._print([f'step {step}/{self._total}', 'held out:', *values])
+      for line in (('held out:', *values), *lines):
+        self._print([f'step {step}/{self._total}', *line])
 
   def _print(self, parts: list[str]) -> None:
     self._console.print(Text('  '.join(parts)))

@@ -61,6 +61,7 @@ class MoeLayer(nn.Module):
     train: bool,
     decode: bool = False,
     token_embeddings: jax.Array | None = None,
+    record: bool = False,
   ) -> tuple[jax.Array, RouterStats]:
     """Routes tokens to experts and back.
 
@@ -73,6 +74,7 @@ class MoeLayer(nn.Module):
       train: training or evaluation settings; jitter and dropout.
       decode: drop nothing, so that no example depends on its neighbours.
       token_embeddings: [B, L, D], for `router.word_embedding` modes.
+      record: whether the stats hold the decisions, [B, L, K].
 
     Returns:
       y [B, L, D], zeros for tokens that reach no expert, and the layer's
@@ -111,6 +113,7 @@ class MoeLayer(nn.Module):
         capacity=capacity,
         train=train,
         rng=self._routing_key(),
+        record=record,
       )
     y = self._through_experts(
       x, routing, train=train, dropless=dropless
@@ -118,6 +121,14 @@ class MoeLayer(nn.Module):
     y = partitioning.reshape(
       y, (batch, length, d_model), ('batch', 'length', 'embed')
     )
+    if record:
+      decisions = jax.tree.map(
+        lambda a: partitioning.reshape(
+          a, (batch, length, a.shape[-1]), ('batch', 'length', None)
+        ),
+        stats.decisions,
+      )
+      stats = stats.replace(decisions=decisions)
     return y, stats
 
   def _routing_key(self) -> jax.Array | None:

@@ -19,7 +19,15 @@ from jax.sharding import Mesh
 
 from st_moe import losses, partitioning
 from st_moe.config import ModelConfig
-from st_moe.decoding import PAD_ID, generate
+from st_moe.decoding import (
+  GREEDY,
+  PAD_ID,
+  BeamSearch,
+  Sampling,
+  check_method,
+  generate,
+  keys_for,
+)
 from st_moe.errors import UserError
 from st_moe.transformer import apply_model, generation_config
 
@@ -58,6 +66,20 @@ def _until(ids: list[int], eos_id: int) -> list[int]:
   return ids[: next(ends, len(ids))]
 
 
+def _draw(
+  model: ModelConfig,
+  params: Any,
+  inputs: jax.Array,
+  numbers: jax.Array,
+  *,
+  seed: int,
+  **settings: Any,
+) -> jax.Array:
+  """Samples an output for every input, with keys of the inputs' numbers."""
+  keys = keys_for(jax.random.key(seed), numbers)
+  return generate(model, params, inputs, rng=keys, **settings)
+
+
 def _score(
   config: ModelConfig, params: Any, inputs: jax.Array, targets: jax.Array
 ) -> jax.Array:
@@ -72,7 +94,7 @@ def _score(
 
 
 class Predictor:
-  """Generates greedily and scores, batch by batch.
+  """Generates and scores, batch by batch.
 
   In a job all processes call its methods with the same arguments, and all get
   the results of all examples.
@@ -94,6 +116,10 @@ class Predictor:
     targets_length: int,
     batch_size: int,
     inputs_length: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
   ):
     """Compiles nothing yet.
 
@@ -106,9 +132,14 @@ class Predictor:
       batch_size: rows computed together, at least.
       inputs_length: tokens of the longest input, end-of-sequence included;
         None: any.
+      num_beams: of `generate`; 1 takes tokens one by one, as `sampling` says.
+      length_penalty: see `decoding.BeamSearch`; of several beams.
+      sampling: how tokens are chosen one by one; the likeliest by default.
+      seed: of draws; those of an output depend on its input's number, too.
 
     Raises:
-      UserError: a size below 1, or a mesh that does not go with the processes.
+      UserError: a size below 1, beams that sample, `top_k` beyond the
+        vocabulary, or a mesh that does not go with the processes.
     """
     for name, value in (
       ('inputs_length', inputs_length),
@@ -117,6 +148,14 @@ class Predictor:
     ):
       if value is not None and value < 1:
         raise UserError(f'{name} must be at least 1, got {value}')
+    search = BeamSearch(num_beams, length_penalty)
+    draws = sampling.temperature > 0
+    if draws and num_beams > 1:
+      raise UserError(
+        f'temperature {sampling.temperature:g} draws tokens and num_beams '
+        f'{num_beams} searches for the likeliest; choose one of them'
+      )
+    check_method(model, sampling)
     shards = partitioning.batch_shards(mesh)
     self.params = params
     self.batch_size = -(-batch_size // shards) * shards
@@ -124,11 +163,17 @@ class Predictor:
     self._eos_id = eos_id
     self._inputs_length = inputs_length
     self._targets_length = targets_length
+    self._draws = draws
+    settings = {
+      'max_length': targets_length,
+      'eos_id': eos_id,
+      'method': search if num_beams > 1 else sampling,
+    }
     replicated = partitioning.replicated(mesh)
     self._generate = jax.jit(
-      functools.partial(
-        generate, model, max_length=targets_length, eos_id=eos_id
-      ),
+      functools.partial(_draw, model, seed=seed, **settings)
+      if draws
+      else functools.partial(generate, model, **settings),
       out_shardings=replicated,
     )
     self._score = jax.jit(
@@ -142,14 +187,16 @@ class Predictor:
     *,
     params: Any = None,
     progress: Progress | None = None,
+    first: int = 0,
   ) -> list[list[int]]:
-    """Returns the likeliest next token, again and again, for every input.
+    """Returns an output for every input.
 
     Args:
       inputs: ids as the encoder sees them: with the end-of-sequence that the
         model was trained with, without padding.
       params: None: `self.params`.
       progress: called after every batch.
+      first: number of the first input, the others follow; matters to draws.
 
     Returns:
       The ids before end-of-sequence, in the order of the inputs.
@@ -159,7 +206,8 @@ class Predictor:
     """
     self._check('input', inputs, self._inputs_length)
     examples = [(row,) for row in inputs]
-    outputs = self._run(self._generate, examples, params, progress)
+    numbers = [[first + i] for i in range(len(inputs))] if self._draws else []
+    outputs = self._run(self._generate, examples, params, progress, numbers)
     return [_until(row.tolist(), self._eos_id) for row in outputs]
 
   def log_likelihoods(
@@ -225,8 +273,17 @@ class Predictor:
     examples: Sequence[tuple[Ids, ...]],
     params: Any,
     progress: Progress | None,
+    numbers: Sequence[Ids] = (),
   ) -> list[np.ndarray]:
-    """Returns a function's row for every example, in their order."""
+    """Returns a function's row for every example, in their order.
+
+    Args:
+      function: of parameters, the parts of examples, and their numbers.
+      examples: of parts.
+      params: None: `self.params`.
+      progress: called after every batch.
+      numbers: [examples, 1], if the function takes them.
+    """
     params = self.params if params is None else params
     rows = self.batch_size // self._part.count
     own = slice(self._part.index * rows, (self._part.index + 1) * rows)
@@ -238,6 +295,9 @@ class Predictor:
         for part, length in enumerate(lengths):
           ids = [examples[index][part] for index in members]
           batch[str(part)] = _pad(ids, self.batch_size, length)[own]
+        if numbers:
+          ids = [numbers[index] for index in members]
+          batch['number'] = _pad(ids, self.batch_size, 1)[own][:, 0]
         placed = partitioning.shard_batch(batch, self._mesh)
         output = jax.device_get(function(params, *placed.values()))
         for index, row in zip(members, output, strict=False):

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from st_moe import metrics
+from st_moe.alarms import Alarms
 from st_moe.config import RunConfig
 from st_moe.errors import RunStopped
 
@@ -29,12 +30,14 @@ class StepLog:
     writer: metrics.MetricsWriter,
     progress: metrics.Progress,
     rows: list[dict[str, float]],
+    alarms: Alarms,
   ):
     self.rows = rows  # scalars of the steps since the last log line
     self._config = config
     self._writer = writer
     self._progress = progress
-    self._pending: list[tuple[int, Any]] = []
+    self._alarms = alarms
+    self._pending: list[tuple[int, Any, dict[str, np.ndarray]]] = []
     self._restart_clock()
 
   def _restart_clock(self) -> None:
@@ -42,19 +45,26 @@ class StepLog:
     self._tokens = 0.0
     self._waited = 0.0
 
-  def add(self, step: int, result: dict[str, Any], waited: float) -> None:
+  def add(
+    self,
+    step: int,
+    result: dict[str, Any],
+    waited: float,
+    batch: dict[str, np.ndarray],
+  ) -> None:
     """Takes the result of a dispatched step; finishes those before it.
 
     Args:
       step: steps done, this one included.
       result: of the training step; arrays still being computed.
       waited: seconds the step waited for data.
+      batch: this process's rows of it.
 
     Raises:
       RunStopped: after too many non-finite steps in a row.
     """
     self._waited += waited
-    self._pending.append((step, result))
+    self._pending.append((step, result, batch))
     while len(self._pending) > 1:
       self._finish(*self._pending.pop(0))
     if self._is_logged(step):
@@ -70,7 +80,9 @@ class StepLog:
     self.flush()
     self._restart_clock()
 
-  def _finish(self, step: int, result: dict[str, Any]) -> None:
+  def _finish(
+    self, step: int, result: dict[str, Any], batch: dict[str, np.ndarray]
+  ) -> None:
     result = jax.device_get(result)
     router = result.pop('router')
     row = {key: float(value) for key, value in result.items()}
@@ -81,6 +93,7 @@ class StepLog:
       self._progress.begin(step)
     else:
       self._tokens += row['tokens']
+    self._alarms.add(step, row, router, batch)
     if row['nonfinite_steps']:
       self._warn(step, row)
     if self._is_logged(step):

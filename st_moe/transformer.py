@@ -93,9 +93,17 @@ class Encoder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, embedded: jax.Array, segments: jax.Array, *, train: bool
+    self,
+    embedded: jax.Array,
+    segments: jax.Array,
+    *,
+    train: bool,
+    record: bool = False,
   ) -> StackOutput:
-    """Encodes embedded [batch, length, d_model], segments [batch, length]."""
+    """Encodes embedded [batch, length, d_model], segments [batch, length].
+
+    With `record` the stats hold the decisions of routers, token by token.
+    """
     positions = jnp.arange(embedded.shape[1])
     inputs = StackInputs(
       segments=segments,
@@ -104,6 +112,7 @@ class Encoder(nn.Module):
       key_positions=positions,
       bias=_shared_bias(self.config, 'encoder', positions, positions),
       token_embeddings=embedded,
+      record=record,
     )
     x, output = _run_stack(self.config, 'encoder', train, embedded, inputs)
     stats = in_depth_order(self.config, output.stats)
@@ -126,6 +135,7 @@ class Decoder(nn.Module):
     cache: DecodeCache | None = None,
     *,
     train: bool,
+    record: bool = False,
   ) -> StackOutput:
     """Returns logits.
 
@@ -137,6 +147,7 @@ class Decoder(nn.Module):
       encoded_segments: int [batch, input length]; None with a cache.
       cache: of the earlier decoding steps.
       train: whether dropout and router noise act.
+      record: whether the stats hold the decisions of routers.
     """
     config = self.config
     positions = key_positions = jnp.arange(embedded.shape[1])
@@ -158,6 +169,7 @@ class Decoder(nn.Module):
       encoded=encoded,
       encoded_segments=encoded_segments,
       index=index,
+      record=record,
     )
     caches = () if cache is None else cache.layers
     x, output = _run_stack(config, 'decoder', train, embedded, inputs, caches)
@@ -213,6 +225,7 @@ class EncoderDecoder(nn.Module):
     decoder_positions: jax.Array | None = None,
     *,
     train: bool,
+    record: bool = False,
   ) -> ModelOutput:
     """Returns logits and what the objective needs beside them.
 
@@ -228,6 +241,8 @@ class EncoderDecoder(nn.Module):
       decoder_positions: as `encoder_positions`.
       train: whether dropout and router noise act; they draw from the streams
         'dropout' and 'router'.
+      record: whether RouterStats hold the decisions, [sparse layers, batch,
+        length, choices].
 
     Raises:
       UserError: when a dimension does not divide over the mesh.
@@ -240,7 +255,10 @@ class EncoderDecoder(nn.Module):
     )
     table = _embedder(config, 'token_embedder')()
     encoder = Encoder(config, name='encoder')(
-      layers.embed(table, encoder_input_tokens), encoder_segments, train=train
+      layers.embed(table, encoder_input_tokens),
+      encoder_segments,
+      train=train,
+      record=record,
     )
     decoder = Decoder(config, name='decoder')(
       layers.embed(table, decoder_input_tokens),
@@ -249,6 +267,7 @@ class EncoderDecoder(nn.Module):
       encoder.y,
       encoder_segments,
       train=train,
+      record=record,
     )
     encoder_tokens = jnp.sum(encoder_segments > 0).astype(jnp.float32)
     decoder_tokens = jnp.sum(decoder_segments > 0).astype(jnp.float32)
@@ -271,11 +290,12 @@ def apply_model(
   *,
   train: bool,
   rngs: dict[str, jax.Array] | None = None,
+  record: bool = False,
 ) -> ModelOutput:
   """Runs `EncoderDecoder` on a batch with seqio's feature names."""
   inputs = {name: batch[name] for name in MODEL_INPUTS if name in batch}
   return EncoderDecoder(config).apply(
-    {'params': params}, **inputs, train=train, rngs=rngs
+    {'params': params}, **inputs, train=train, rngs=rngs, record=record
   )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import beam_reference
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,7 +112,7 @@ def test_decoding_stops_when_every_sequence_has_ended(monkeypatch):
     jax.debug.callback(lambda: steps.append(1))
     return incremental.decode_step(*args)
 
-  monkeypatch.setattr(decoding, 'decode_step', counted)
+  monkeypatch.setattr(decoding.sampling, 'decode_step', counted)
   outputs = decoding.generate(
     DENSE, params, inputs, max_length=40, eos_id=first
   )
@@ -137,9 +138,8 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.2, 0.15, 0.1, 0.05]]))
 def drawn(method, draws=2000):
   """Returns the frequencies of tokens drawn from LOGITS, padding left out."""
   keys = jax.random.split(jax.random.key(0), draws)
-  tokens = jax.vmap(lambda key: decoding.choose_tokens(LOGITS, method, key)[0])(
-    keys
-  )
+  logits = jnp.repeat(LOGITS, draws, axis=0)
+  tokens = decoding.choose_tokens(logits, method, keys, 0)
   return np.bincount(tokens, minlength=5) / draws
 
 
@@ -219,3 +219,48 @@ def test_top_k_beyond_the_vocabulary_is_refused():
       method=decoding.Sampling(top_k=99),
       rng=jax.random.key(0),
     )
+
+
+@functools.cache
+def next_log_probs_of(config, row):
+  """Returns, for `beam_reference`, what the whole model says of a prefix."""
+  params = init_params(config)
+  inputs = example()[0][row : row + 1]
+
+  @functools.cache
+  def after(tokens):
+    # A target at the next position makes it real; its value is not read.
+    probe = np.zeros((1, 6), np.int32)
+    probe[0, : len(tokens) + 1] = [*tokens, 1]
+    logits = apply(config, params, make_batch(inputs, probe)).logits
+    logits = np.asarray(logits[0, len(tokens)], np.float64)
+    return (logits - np.log(np.exp(logits).sum())).tolist()
+
+  return lambda tokens: after(tuple(tokens))
+
+
+@pytest.mark.parametrize(
+  'num_beams, length_penalty, early_stopping',
+  [(3, 1.0, False), (3, 0.0, True), (3, 2.0, 'never'), (3, -1.0, False)],
+)
+def test_beams_are_those_of_a_plain_search(
+  num_beams, length_penalty, early_stopping
+):
+  """Eight frequent tokens take turns as the end, so that outputs end early."""
+  method = decoding.BeamSearch(num_beams, length_penalty, early_stopping)
+  params, inputs = init_params(SPARSE), example()[0]
+  greedy = decoding.generate(SPARSE, params, inputs, max_length=6, eos_id=NEVER)
+  eos = int(greedy[0, 2])
+  outputs = decoding.generate(
+    SPARSE, params, inputs, max_length=6, eos_id=eos, method=method
+  )
+  for row in range(4):
+    expected = beam_reference.beam_search(
+      next_log_probs_of(SPARSE, row),
+      num_beams=num_beams,
+      length_penalty=length_penalty,
+      early_stopping=early_stopping,
+      max_length=6,
+      eos_id=eos,
+    )
+    assert [token for token in outputs[row].tolist() if token] == expected

@@ -196,6 +196,54 @@ def test_evaluate_in_two_processes(runs, tmp_path):
   assert 'eval/loss' in ended[0].out and ended[1].out == ''
 
 
+@pytest.mark.slow
+def test_each_process_records_the_rows_it_read(cache, tmp_path):
+  # Any loss above that of two steps is a spike.
+  spiky = [
+    '--gin.HealthConfig.spike_window=2',
+    '--gin.HealthConfig.spike_deviations=0.0001',
+    '--gin.HealthConfig.history_steps=3',
+  ]
+  found = []
+  for processes in (1, 2):
+    workdir = tmp_path / str(processes)
+    ended = Job(
+      pretrain(cache, workdir, *spiky),
+      processes=processes,
+      devices=8 // processes,
+    ).succeed()
+    assert 'standard deviations above the mean' in ended[0].err
+    assert [one.err for one in ended[1:]] == [''] * (processes - 1)
+    folder = workdir / 'alarms'
+    (name,) = [path.stem for path in sorted(folder.glob('*.json'))][:1]
+    parts = [np.load(folder / f'{name}.npz')]
+    if processes == 2:
+      parts.append(np.load(folder / f'{name}.process_1.npz'))
+    key = 'batch/encoder_input_tokens'
+    found.append((name, np.concatenate([part[key] for part in parts], axis=1)))
+  (alone, whole), (together, joined) = found
+  assert alone == together
+  assert whole.shape == (3, 8, 32)
+  np.testing.assert_array_equal(joined, whole)
+
+
+@pytest.mark.slow
+def test_trace_in_two_processes(runs, tmp_path):
+  found = []
+  for processes in (1, 2):
+    output = tmp_path / str(processes)
+    ended = Job(
+      ['trace', f'--checkpoint={runs[1]}', f'--output={output}'],
+      processes=processes,
+      devices=8 // processes,
+    ).succeed()
+    assert 'page: ' in ended[0].out
+    assert [one.out for one in ended[1:]] == [''] * (processes - 1)
+    found.append(json.loads((output / 'trace.json').read_text()))
+  assert found[0]['rows'][7] == found[1]['rows'][7]  # of the second process
+  assert found[0]['stacks'] == found[1]['stacks']
+
+
 def test_processes_that_disagree_are_refused_together(cache, tmp_path):
   workdir = tmp_path / 'run'
   lines = fail(pretrain(cache, workdir), own={1: ['--gin.BATCH_SIZE=16']})

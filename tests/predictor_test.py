@@ -37,7 +37,7 @@ def inputs(lengths=(3, 20, 16, 17, 9, 5, 11)):
 
 
 @functools.cache
-def make(batch_size=2, mesh_config=None, eos_id=EOS):
+def make(batch_size=2, mesh_config=None, eos_id=EOS, **settings):
   mesh_config = mesh_config or MeshConfig(data=1, expert=1, model=1)
   size = mesh_config.data * mesh_config.expert * mesh_config.model
   mesh = partitioning.make_mesh(mesh_config, jax.devices()[:size])
@@ -49,6 +49,7 @@ def make(batch_size=2, mesh_config=None, eos_id=EOS):
     targets_length=6,
     batch_size=batch_size,
     inputs_length=20,
+    **settings,
   )
 
 
@@ -157,15 +158,50 @@ def test_rows_of_padding_do_not_keep_decoding_going():
     jax.debug.callback(lambda: steps.append(1))
     return decoding_step(*args)
 
-  decoding_step = decoding.decode_step
+  decoding_step = decoding.sampling.decode_step
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(decoding, 'decode_step', counted)
+    patch.setattr(decoding.sampling, 'decode_step', counted)
     outputs = decoding.generate(
       CONFIG, params(), rows, max_length=31, eos_id=first
     )
   jax.effects_barrier()
   assert outputs.tolist() == [[first] + [0] * 30, [0] * 31, [0] * 31]
   assert len(steps) == 1
+
+
+def test_beams_are_those_of_the_inputs_alone():
+  beams = make(2, num_beams=3, length_penalty=0.5)
+  rows = inputs((9, 16, 11))
+  padded = np.array([[*row, *[0] * (16 - len(row))] for row in rows], np.int32)
+  expected = decoding.generate(
+    CONFIG,
+    params(),
+    padded,
+    max_length=6,
+    eos_id=EOS,
+    method=decoding.BeamSearch(3, 0.5),
+  )
+  found = beams.generate(rows)
+  assert found == [predictor._until(row, EOS) for row in expected.tolist()]
+  assert found != make(2).generate(rows)
+
+
+def test_draws_depend_on_the_number_of_their_input_and_on_the_seed():
+  rows = inputs((3, 16, 9, 5, 11))
+  one, other = (
+    make(2, sampling=decoding.Sampling(), seed=seed) for seed in (1, 2)
+  )
+  outputs = one.generate(rows)
+  assert one.generate(rows[3:], first=3) == outputs[3:]
+  same = one.generate([rows[0]] * 4)
+  assert same[0] == outputs[0]
+  assert len(set(map(tuple, same))) == 4
+  assert other.generate(rows) != outputs
+
+
+def test_beams_that_draw_are_refused():
+  with pytest.raises(UserError, match='temperature 0.5 draws .* choose one'):
+    make(num_beams=2, sampling=decoding.Sampling(0.5))
 
 
 def test_an_empty_text_is_answered():

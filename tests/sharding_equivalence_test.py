@@ -110,14 +110,20 @@ def test_eight_devices_equal_one(name, shape, fsdp, axis_types):
 
 
 @pytest.mark.parametrize('axis_types', ['auto', 'explicit'])
-@pytest.mark.parametrize('name', ['sparse', 'scanned'])
-def test_decoding_on_eight_devices_equals_one(name, axis_types):
+@pytest.mark.parametrize(
+  'name, method',
+  [
+    ('sparse', decoding.Sampling(top_p=0.9)),
+    ('scanned', decoding.BeamSearch(num_beams=3)),
+  ],
+)
+def test_decoding_on_eight_devices_equals_one(name, method, axis_types):
   inputs = tiny_batch()['encoder_input_tokens']
   generate = functools.partial(
     decoding.generate,
     CONFIGS[name],
     max_length=4,
-    method=decoding.Sampling(top_p=0.9),
+    method=method,
     rng=jax.random.key(0),
   )
   mesh_config, mesh = make_mesh((1, 2, 2, 2), axis_types, True)

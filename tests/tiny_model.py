@@ -205,5 +205,6 @@ def zero_stats(**fields):
   zeros = {
     field.name: jnp.zeros(shapes.get(field.name, (2,)))
     for field in dataclasses.fields(RouterStats)
+    if field.name != 'decisions'
   }
   return RouterStats(**(zeros | {k: jnp.array(v) for k, v in fields.items()}))

@@ -16,9 +16,12 @@ from st_moe.arguments.running import (
   add_config,
   add_evaluate,
   add_finetune,
+  add_predict,
   add_pretrain,
+  add_trace,
   add_vocab,
 )
+from st_moe.arguments.studying import add_study
 from st_moe.errors import UserError, did_you_mean
 
 __all__ = ['CHANGE_A_MODEL', 'MACROS', 'parse', 'parse_mesh']
@@ -46,10 +49,13 @@ def _make_parser() -> tuple[Parser, dict[str, Parser]]:
     'pretrain': add_pretrain(subparsers),
     'finetune': add_finetune(subparsers),
     'evaluate': add_evaluate(subparsers),
+    'predict': add_predict(subparsers),
+    'trace': add_trace(subparsers),
     'config': add_config(subparsers),
     'vocab': add_vocab(subparsers),
     'cache': add_cache(subparsers),
     'plan': add_plan(subparsers),
+    'study': add_study(subparsers),
     **add_bench(subparsers),
     **add_convert(subparsers),
   }

@@ -88,6 +88,118 @@ def add_evaluate(subparsers: Any) -> Parser:
   return command
 
 
+def add_predict(subparsers: Any) -> Parser:
+  command = add_command(
+    subparsers,
+    'predict',
+    'answer text, a line for every line: of a pipe, a file or a prompt',
+    "--checkpoint=runs/quickstart --prompt='The <extra_id_0> of a function.'",
+  )
+  add = command.add_argument
+  add(
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a run, or a model that `st_moe convert` made',
+  )
+  add_step(command)
+  add('--prompt', metavar='TEXT', help='the only input')
+  add('--input', metavar='FILE', help='a line each (default: standard input)')
+  add('--output', metavar='FILE', help='a line each (default: standard output)')
+  add(
+    '--max_new_tokens',
+    type=int,
+    metavar='N',
+    help='of an answer at most (default: DataConfig.targets_length)',
+  )
+  add(
+    '--temperature',
+    type=float,
+    metavar='T',
+    help='draw tokens; 0 takes the likeliest (default: 0; with --top_k or '
+    '--top_p 1)',
+  )
+  add('--top_k', type=int, metavar='K', help='draw among the K likeliest')
+  add(
+    '--top_p',
+    type=float,
+    metavar='P',
+    help='draw among the likeliest that together have this probability',
+  )
+  add(
+    '--num_beams',
+    type=int,
+    default=1,
+    metavar='N',
+    help='search with N beams, as transformers does (1)',
+  )
+  add(
+    '--length_penalty',
+    type=float,
+    metavar='X',
+    help='of beams: a text counts log-likelihood / tokens ** X (1.0)',
+  )
+  add(
+    '--batch_size',
+    type=int,
+    default=32,
+    metavar='N',
+    help='lines computed together; changes no answer (32)',
+  )
+  add_connection(command)
+  return command
+
+
+def add_trace(subparsers: Any) -> Parser:
+  command = add_command(
+    subparsers,
+    'trace',
+    'see which tokens go to which expert, as numbers and as coloured text',
+    '--checkpoint=runs/quickstart',
+  )
+  add = command.add_argument
+  add(
+    '--checkpoint',
+    required=True,
+    metavar='DIR',
+    help='a run, or a model that `st_moe convert` made',
+  )
+  add_step(command)
+  add(
+    '--input',
+    metavar='FILE',
+    help='text, one row a line; spans are masked, but for lines '
+    "INPUTS<tab>TARGETS (default: the run's held-out text)",
+  )
+  add(
+    '--output',
+    metavar='DIR',
+    help='for trace.html, trace.md and trace.json (default: CHECKPOINT/trace)',
+  )
+  add(
+    '--batches',
+    type=int,
+    metavar='N',
+    help='at most (default: RunConfig.eval_batches)',
+  )
+  add(
+    '--rows',
+    type=int,
+    default=24,
+    metavar='N',
+    help='shown word by word on the page (24)',
+  )
+  add(
+    '--capacity',
+    choices=('eval', 'train', 'none'),
+    default='eval',
+    help='of experts: as in evaluation (the default), as in training, or '
+    'nothing is dropped',
+  )
+  add_connection(command)
+  return command
+
+
 def add_config(subparsers: Any) -> Parser:
   command = add_command(
     subparsers,

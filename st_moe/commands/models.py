@@ -1,33 +1,63 @@
-"""Commands on a model: `st_moe evaluate`, `bench`, `plan` and `convert`."""
+"""Commands on a model: `evaluate`, `predict`, `trace`, `bench` and so on."""
 
 import argparse
 import logging
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
-from st_moe import arguments
+from st_moe import arguments, processes
 from st_moe.bindings import Binding
 from st_moe.commands import starting
+from st_moe.config import RunConfig
 from st_moe.errors import UserError
+from st_moe.workdir import CONFIG_FILE, MODEL_FILE
 
 log = logging.getLogger(__name__)
 
 _EVALUATE_FILE = 'gin_configs/runs/evaluate.gin'
 
 
+def _directory(name: str) -> Path:
+  """Returns the directory of a run or a model, named by its checkpoints too."""
+  path = Path(name)
+  return path.parent if path.name == 'checkpoints' else path
+
+
+def _of_a_model(
+  args: argparse.Namespace,
+  path: Path,
+  flags: Sequence[Binding] = (),
+  *,
+  of_text: bool = False,
+) -> RunConfig:
+  """Returns the configuration of a run or a model, and of later files.
+
+  Args:
+    args: of the command line.
+    path: of the run or the model.
+    flags: bindings of the command's own.
+    of_text: the command reads text; TASK and the other macros of
+      runs/evaluate.gin may name it without that file.
+  """
+  found = starting.gin_file_of(path)
+  if found is None:
+    raise UserError(
+      f'{path} holds no model: it has no {CONFIG_FILE} and no {MODEL_FILE}; '
+      'give the work directory of a run, or a model that `st_moe convert` made'
+    )
+  files = [str(found), *args.gin_file]
+  macros = any(one.is_macro for one in args.gin_bindings)
+  if of_text and macros and not args.gin_file:
+    files.append(_EVALUATE_FILE)
+  return starting.configure(args, files, flags)
+
+
 def evaluate(args: argparse.Namespace) -> None:
   """Losses of a checkpoint on held-out text, or its answers to tasks."""
   starting.connect(args, stop_signals=False)
-  workdir = Path(args.workdir)
-  found = starting.gin_file_of(workdir)
-  if found is None:
-    raise UserError(
-      f'{workdir} holds no run: it has no config.gin; give the --workdir of '
-      '`st_moe pretrain`, or a model that `st_moe convert` made'
-    )
-  files = [str(found), *args.gin_file]
-  if not args.gin_file and any(one.is_macro for one in args.gin_bindings):
-    files.append(_EVALUATE_FILE)  # TASK and the others are its macros
-  config = starting.configure(args, files, _test_split(args))
+  workdir = _directory(args.workdir)
+  config = _of_a_model(args, workdir, _test_split(args), of_text=True)
   if not args.resolver.binds('DataConfig'):
     raise UserError(
       f'{workdir} is a model without a run and has no held-out text of its '
@@ -56,6 +86,123 @@ def _test_split(args: argparse.Namespace) -> list[Binding]:
   if any(one.name in ('SPLIT', split) for one in args.gin_bindings):
     return []
   return [Binding(split, 'test', '--submission')]
+
+
+def predict(args: argparse.Namespace) -> None:
+  """Answers lines of text."""
+  starting.connect(args, stop_signals=False)
+  _check_decoding(args)
+  if processes.is_leader():
+    _check_files(args)
+  checkpoint = _directory(args.checkpoint)
+  flags = []
+  if args.max_new_tokens is not None:
+    flags.append(
+      Binding(
+        'DataConfig.targets_length', args.max_new_tokens, '--max_new_tokens'
+      )
+    )
+  config = _of_a_model(args, checkpoint, flags)
+  starting.prepare(args, say_on='stderr')
+  starting.check_same(args, config)
+  log.info('loading JAX')
+  from st_moe import decoding, predict
+
+  temperature = args.temperature
+  if temperature is None:  # top_k and top_p say that tokens are drawn
+    draws = args.top_k is not None or args.top_p is not None
+    temperature = 1.0 if draws else 0.0
+  predict.predict(
+    config,
+    checkpoint,
+    predict.Texts(
+      args.prompt,
+      None if args.input is None else Path(args.input),
+      None if args.output is None else Path(args.output),
+    ),
+    step=args.step,
+    batch_size=args.batch_size,
+    num_beams=args.num_beams,
+    length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+    sampling=decoding.Sampling(temperature, args.top_k, args.top_p),
+  )
+
+
+def _check_files(args: argparse.Namespace) -> None:
+  """Refuses files that cannot be read or written."""
+  if args.prompt is not None and args.input is not None:
+    raise UserError('--prompt and --input both give text; choose one of them')
+  if args.input is not None and not Path(args.input).is_file():
+    raise UserError(f'--input={args.input}: there is no such file')
+  if args.output is None:
+    return
+  if Path(args.output).is_dir():
+    raise UserError(f'--output={args.output} is a folder; name a file')
+  folder = Path(args.output).absolute().parent
+  if not folder.is_dir():
+    raise UserError(f'--output={args.output}: there is no folder {folder}')
+
+
+def _check_decoding(args: argparse.Namespace) -> None:
+  """Refuses flags that do not go together, or have no sense."""
+  for name in ('batch_size', 'num_beams', 'max_new_tokens', 'top_k'):
+    value = getattr(args, name)
+    if value is not None and value < 1:
+      raise UserError(f'--{name} must be at least 1, got {value}')
+  if args.temperature is not None and not 0 <= args.temperature < math.inf:
+    raise UserError(
+      f'--temperature must be 0 (greedy) or more, got {args.temperature}'
+    )
+  if args.top_p is not None and not 0 < args.top_p <= 1:
+    raise UserError(f'--top_p must be in (0, 1], got {args.top_p}')
+  drawing = [
+    f'--{name}={value}'
+    for name in ('temperature', 'top_k', 'top_p')
+    if (value := getattr(args, name))
+  ]
+  if drawing and args.num_beams > 1:
+    raise UserError(
+      f'{drawing[0]} draws tokens, --num_beams={args.num_beams} searches for '
+      'the likeliest text; leave out one of them'
+    )
+  if drawing and args.temperature == 0:
+    raise UserError(
+      f'--temperature=0 takes the likeliest token, {drawing[0]} draws one; '
+      'leave out one of them'
+    )
+  if args.length_penalty is not None and args.num_beams == 1:
+    raise UserError(
+      f'--length_penalty={args.length_penalty} compares the texts of several '
+      'beams; add --num_beams=N'
+    )
+
+
+def trace(args: argparse.Namespace) -> None:
+  """Which tokens go to which expert."""
+  starting.connect(args, stop_signals=False)
+  checkpoint = _directory(args.checkpoint)
+  config = _of_a_model(args, checkpoint, of_text=True)
+  if not args.resolver.binds('DataConfig') and args.input is None:
+    raise UserError(
+      f'{checkpoint} is a model without a run and has no held-out text of its '
+      'own; add --input=FILE, or --gin.TASK=text --gin.FILES=FILE'
+    )
+  starting.prepare(args)
+  starting.check_same(args, config)
+  log.info('loading JAX')
+  from st_moe.trace import tracing
+
+  request = tracing.Request(
+    checkpoint=checkpoint,
+    step=args.step,
+    input=None if args.input is None else Path(args.input),
+    output=Path(args.output or checkpoint / 'trace'),
+    batches=config.eval_batches if args.batches is None else args.batches,
+    rows=args.rows,
+    capacity=args.capacity,
+  )
+  tracing.check(request)
+  tracing.trace(config, request)
 
 
 def bench(args: argparse.Namespace) -> None:

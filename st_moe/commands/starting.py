@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from st_moe import processes
 from st_moe.bindings import Binding, Resolver, flatten
@@ -82,7 +83,11 @@ def connect(args: argparse.Namespace, *, stop_signals: bool) -> None:
 
 def check_same(args: argparse.Namespace, config: RunConfig) -> None:
   """Refuses to go on when the processes of a job were started otherwise."""
-  flags = ('module', 'allow_config_change', 'step', 'num_processes')
+  flags = (
+    *('module', 'allow_config_change', 'step', 'num_processes'),
+    *('batch_size', 'temperature', 'top_k', 'top_p', 'num_beams'),
+    'length_penalty',
+  )
   processes.check_same(
     processes.software(), 'install the same packages for every process'
   )
@@ -94,22 +99,26 @@ def check_same(args: argparse.Namespace, config: RunConfig) -> None:
   )
 
 
-def prepare(args: argparse.Namespace) -> None:
-  """Sets the log up and imports the user's modules."""
-  _prepare_log(args.debug)
+def prepare(args: argparse.Namespace, *, say_on: str = 'stdout') -> None:
+  """Sets the log up and imports the user's modules.
+
+  Args:
+    args: of the command.
+    say_on: 'stderr' where standard output is for the result alone.
+  """
+  _prepare_log(args.debug, getattr(sys, say_on))
   for module in args.module:
     from st_moe.data.pipeline import import_tasks
 
     import_tasks(module)
 
 
-def _prepare_log(debug: bool) -> None:
+def _prepare_log(debug: bool, stream: TextIO) -> None:
   """Shows our own log lines, and of the libraries' only errors.
 
-  What goes on is printed on standard output, among the steps of a run;
-  warnings on standard error.
+  What goes on is printed on `stream`, warnings on standard error.
   """
-  progress = logging.StreamHandler(sys.stdout)
+  progress = logging.StreamHandler(stream)
   progress.addFilter(lambda record: record.levelno < logging.WARNING)
   warnings = logging.StreamHandler(sys.stderr)
   warnings.setLevel(logging.WARNING)

@@ -6,6 +6,7 @@ of every field; nothing here knows of gin, JAX or TensorFlow.
 """
 
 from st_moe.config.evaluation import EvaluationConfig
+from st_moe.config.health import HealthConfig
 from st_moe.config.model import Activation, ModelConfig
 from st_moe.config.router import ROUTER_PRESETS, ChoicePolicy, RouterConfig
 from st_moe.config.run import (
@@ -21,6 +22,7 @@ __all__ = [
   'ChoicePolicy',
   'DataConfig',
   'EvaluationConfig',
+  'HealthConfig',
   'MeshConfig',
   'ModelConfig',
   'OptimizerConfig',

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from st_moe.checks import Checked
 from st_moe.config.evaluation import EvaluationConfig
+from st_moe.config.health import HealthConfig
 from st_moe.config.model import ModelConfig
 
 
@@ -184,6 +185,7 @@ class RunConfig(Checked):
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
   evaluation: EvaluationConfig = EvaluationConfig()
+  health: HealthConfig = HealthConfig()
 
   steps: int = 1000
   batch_size: int = 128  # sequences, over all devices

@@ -29,6 +29,7 @@ EOS_ID = 1
 UNK_ID = 2
 NUM_BYTES = 256
 NUM_SPECIAL_IDS = 3  # pad, end of sequence, unknown
+_SPECIAL_PIECES = {PAD_ID: '<pad>', EOS_ID: '</s>', UNK_ID: '<unk>'}
 
 # Unigram training sums expectations per thread, so the model depends on this
 # number: fixed, that the same text gives the same file on every machine.
@@ -61,6 +62,10 @@ class Vocabulary(abc.ABC):
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without an end of sequence."""
 
+  def encode_prompt(self, text: str) -> list[int]:
+    """Returns the ids of a text in which `<extra_id_k>` is a sentinel."""
+    return self.encode(text)
+
   @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of many texts, on all cores where that helps."""
@@ -71,6 +76,14 @@ class Vocabulary(abc.ABC):
 
     Padding vanishes, sentinels read `<extra_id_k>`. Ids of the model's padded
     embedding rows, beyond `vocab_size`, read as unknown.
+    """
+
+  @abc.abstractmethod
+  def piece(self, i: int) -> str:
+    """Returns one id as SentencePiece writes it: '\u2581' stands for a space.
+
+    Sentinels read `<extra_id_k>`, what no text has `<pad>`, `</s>`, `<unk>`;
+    a byte that is no ASCII character reads `<0xE2>`.
     """
 
   @property
@@ -113,12 +126,30 @@ class ByteVocabulary(Vocabulary):
   def __init__(self, extra_ids: int):
     super().__init__('byte', NUM_SPECIAL_IDS + NUM_BYTES, extra_ids)
 
+  def piece(self, i: int) -> str:
+    if self.is_sentinel(i):
+      return f'<extra_id_{self.vocab_size - 1 - i}>'
+    if i < NUM_SPECIAL_IDS or i >= self.vocab_size:
+      return _SPECIAL_PIECES.get(i, '<unk>')
+    byte = i - NUM_SPECIAL_IDS
+    if byte == ord(' '):
+      return '\u2581'
+    return chr(byte) if byte < 128 else f'<0x{byte:02X}>'
+
   @property
   def model_sha256(self) -> str:
     return hashlib.sha256(b'byte').hexdigest()
 
   def encode(self, text: str) -> list[int]:
     return [byte + NUM_SPECIAL_IDS for byte in _utf8(text)]
+
+  def encode_prompt(self, text: str) -> list[int]:
+    ids: list[int] = []
+    for part in re.split(r'(<extra_id_\d+>)', text):
+      found = re.fullmatch(r'<extra_id_(\d+)>', part)
+      known = found is not None and int(found[1]) < self.extra_ids
+      ids += [self.sentinel_id(int(found[1]))] if known else self.encode(part)
+    return ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     return [self.encode(text) for text in texts]
@@ -162,6 +193,13 @@ class SentencePieceVocabulary(Vocabulary):
     super().__init__(path, base.get_piece_size(), extra_ids)
     self._model_sha256 = hashlib.sha256(model).hexdigest()
     self._processor = _load_processor(model + _sentinels(extra_ids), path)
+
+  def piece(self, i: int) -> str:
+    if self.is_sentinel(i):
+      return f'<extra_id_{self.vocab_size - 1 - i}>'
+    if i in _SPECIAL_PIECES or i >= self.vocab_size:
+      return _SPECIAL_PIECES.get(i, '<unk>')
+    return self._processor.id_to_piece(int(i))
 
   @property
   def model_sha256(self) -> str:

@@ -3,8 +3,8 @@
 Two methods. 'generate' lets the model write and reads the answer from its
 text, as T5 does (paper, section 4). 'rank' takes the choice with the highest
 log-likelihood, summed over its tokens and its end-of-sequence; examples
-without choices are generated. Both are greedy, and dropless, so that an answer
-depends neither on the batch size nor on what stands beside it.
+without choices are generated. Both are deterministic, and dropless, so that an
+answer depends neither on the batch size nor on what stands beside it.
 """
 
 import dataclasses
@@ -202,6 +202,8 @@ class TaskEvaluator:
       inputs_length=config.data.inputs_length,
       targets_length=config.data.targets_length,
       batch_size=config.evaluation.batch_size or config.batch_size,
+      num_beams=config.evaluation.num_beams,
+      length_penalty=config.evaluation.length_penalty,
     )
 
   @property
@@ -383,7 +385,9 @@ class _Progress:
 
   def __call__(self, done: int, count: int) -> None:
     now = time.monotonic()
-    if done < count and now - self._last < _SECONDS_BETWEEN_LINES:
+    soon = now - self._last < _SECONDS_BETWEEN_LINES
+    # The end is told of what took long enough to be told of.
+    if soon and (done < count or self._last == self._begin):
       return
     self._last = now
     log.info(

@@ -251,20 +251,21 @@ def take_rows(
 
 
 def on_each_device(
-  function: Callable[..., jax.Array],
+  function: Callable[..., Any],
   arguments: Sequence[Any],
   axes: Sequence[Any],
-  out: Sequence[str | None],
-) -> jax.Array:
+  out: Any,
+) -> Any:
   """Calls `function` on each device's own parts, for moves by hand.
 
   Inside, nothing moves but what the functions below move.
 
   Args:
-    function: from the parts of `arguments` to a part of the result.
+    function: from the parts of `arguments` to a part of the result, an array
+      or a tree of arrays.
     arguments: arrays, trees of arrays, or None.
     axes: like `arguments`, with logical axis names for each array.
-    out: logical axes of the result.
+    out: logical axes of the result, or a tree of them.
 
   Raises:
     UserError: when a dimension does not divide over its mesh axes.
@@ -281,9 +282,11 @@ def on_each_device(
   placed = jax.tree.map(
     lambda names, x: shard(x, *names), axes, tuple(arguments), is_leaf=is_names
   )
-  specs = jax.tree.map(spec, axes, is_leaf=is_names)
+  specs, out_specs = (
+    jax.tree.map(spec, names, is_leaf=is_names) for names in (axes, out)
+  )
   return jax.shard_map(
-    function, in_specs=specs, out_specs=spec(out), check_vma=False
+    function, in_specs=specs, out_specs=out_specs, check_vma=False
   )(*placed)
 
 

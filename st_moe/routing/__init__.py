@@ -6,9 +6,10 @@ route; router_losses.py the auxiliary losses; router.py puts them together.
 
 from st_moe.routing.capacity import expert_capacity, num_groups
 from st_moe.routing.router import route
-from st_moe.routing.types import RouterStats, Routing
+from st_moe.routing.types import Decisions, RouterStats, Routing
 
 __all__ = [
+  'Decisions',
   'RouterStats',
   'Routing',
   'expert_capacity',

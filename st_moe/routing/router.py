@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from st_moe.config import RouterConfig
 from st_moe.routing import expert_choice, router_losses, token_choice
-from st_moe.routing.types import RouterStats, Routing
+from st_moe.routing.types import Decisions, RouterStats, Routing
 
 
 def route(
@@ -19,6 +19,7 @@ def route(
   capacity: int,
   train: bool,
   rng: jax.Array | None,
+  record: bool = False,
 ) -> tuple[Routing, RouterStats]:
   """Routes every group of tokens.
 
@@ -30,6 +31,7 @@ def route(
     capacity: C, slots per expert and group.
     train: training or evaluation settings.
     rng: key of the 'random' policy; not needed by the others.
+    record: whether the stats hold the decisions.
 
   Raises:
     UserError: for more choices than experts, or 'random' without a key.
@@ -58,9 +60,35 @@ def route(
     balance_loss=balance,
     second_choice_loss=second,
     z_loss=router_losses.z_loss(logits, routed),
+    decisions=_decisions(config, routing, wanted, gate) if record else None,
     **health,
   )
   return routing, stats
+
+
+def _decisions(
+  config: RouterConfig, routing: Routing, wanted: jax.Array, gate: jax.Array
+) -> Decisions:
+  """Returns what was decided, each token's likeliest expert first.
+
+  Args:
+    config: says who chose.
+    routing: after capacity.
+    wanted: bool [G, S, K], assignments before capacity.
+    gate: float32 [G, S, K], before drops.
+  """
+  fields = {
+    'expert': routing.expert_index,
+    'gate': gate,
+    'wanted': wanted,
+    'kept': routing.kept,
+  }
+  if config.kind == 'expert_choice':
+    order = jnp.argsort(jnp.where(wanted, -gate, 1.0), axis=-1, stable=True)
+    fields = {
+      name: jnp.take_along_axis(x, order, axis=-1) for name, x in fields.items()
+    }
+  return Decisions(**fields)
 
 
 def _health(

@@ -2,7 +2,8 @@
 
 `Routing` is the one form that every way of routing returns and every dispatch
 backend reads. `RouterStats` holds the losses and the health of one sparse layer
-(appendix A, equation 5, and the metrics that Mesh TensorFlow logs).
+(appendix A, equation 5, and the metrics that Mesh TensorFlow logs), and, where
+they are asked for, its `Decisions`, token by token.
 
 Letters: G groups, S tokens per group, E experts, C capacity, K choices.
 """
@@ -53,6 +54,28 @@ class Routing:
 
 
 @flax.struct.dataclass
+class Decisions:
+  """What one router decided for every token, for looking at.
+
+  Where experts choose, K = E and a token's experts are in the order of their
+  gates, those that did not take it last.
+
+  Attributes:
+    expert: int32 [G, S, K], each token's experts, the likeliest first; with
+      [batch, length] for [G, S] once the layer hands them on.
+    gate: float32 like `expert`, weight of each choice before drops.
+    wanted: bool like `expert`, choices that the policy keeps, before capacity;
+      padding's too, where it is routed.
+    kept: bool like `expert`, those that had a slot.
+  """
+
+  expert: jax.Array
+  gate: jax.Array
+  wanted: jax.Array
+  kept: jax.Array
+
+
+@flax.struct.dataclass
 class RouterStats:
   """Losses (raw, without their weights) and health of one sparse layer.
 
@@ -73,6 +96,7 @@ class RouterStats:
     mean_gate: [K], mean gate of each choice, before drops.
     max_logit: [], largest router logit of a real token.
     num_tokens: [], real tokens.
+    decisions: token by token, where they were asked for; no statistic.
   """
 
   balance_loss: jax.Array
@@ -85,3 +109,4 @@ class RouterStats:
   mean_gate: jax.Array
   max_logit: jax.Array
   num_tokens: jax.Array
+  decisions: Decisions | None = None
