@@ -5,6 +5,7 @@ builders, run over real files of ../shared/data, gave the same examples too.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 from downstream_glue_test import TABLES
@@ -133,6 +134,20 @@ def test_every_task_has_a_dataset_that_tfds_knows():
     assert is_answer_task(name)
     for task in members(name):
       assert tfds.builder(find_task(task).prepared.dataset).info.features
+
+
+def test_the_readme_names_every_task():
+  """In its table: 'superglue.cb', or 'cb' behind 'superglue.boolq'."""
+  readme = Path(__file__).resolve().parent.parent / 'README.md'
+  table = [
+    line
+    for line in readme.read_text(encoding='utf-8').splitlines()
+    if line.startswith('| `')
+  ]
+  for name in names():
+    benchmark, _, task = name.rpartition('.')
+    rows = [line for line in table if f'`{benchmark}.' in line] or table
+    assert any(f'`{name}`' in row or f'`{task}`' in row for row in rows), name
 
 
 def test_batches_of_what_tfds_prepared(tmp_path):

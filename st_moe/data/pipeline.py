@@ -109,6 +109,12 @@ def open_data(
     UserError: unknown task; missing, empty or broken files; lengths, rates or
       vocabularies that do not go together.
   """
+  names = (part.partition(':')[0].strip() for part in config.task.split(','))
+  if config.insert_sentinels and not any(map(catalog.is_answer_task, names)):
+    raise UserError(
+      f'DataConfig.insert_sentinels is for tasks with answers; task '
+      f'{config.task!r} has none'
+    )
   if config.task == 'cache':
     from st_moe.data.cache import open_cache
 

@@ -114,7 +114,8 @@ def _tell_cuts(
   ):
     texts = {getattr(example, feature) for example in examples}
     ids = zip(texts, vocabulary.encode_batch(list(texts)), strict=True)
-    long = {text for text, tokens in ids if len(tokens) >= limit}  # and the end
+    most = limit - 1 - config.insert_sentinels  # and the end
+    long = {text for text, tokens in ids if len(tokens) > most}
     count = sum(getattr(example, feature) in long for example in examples)
     if count:
       log.warning(

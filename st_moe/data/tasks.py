@@ -26,6 +26,7 @@ from st_moe.data.c4_json import JsonDocuments
 from st_moe.data.corpus import docstring_documents
 from st_moe.data.downstream import catalog
 from st_moe.data.downstream.example import Example
+from st_moe.data.downstream.sentinels import sentinel_ids
 from st_moe.data.pieces import Pieces
 from st_moe.data.prepared import tfds_version
 from st_moe.data.readers import (
@@ -144,6 +145,10 @@ def make_task(
       seqio.preprocessors.rekey, key_map={'targets': 'text'}
     )
     steps = [as_targets, *steps, _objective(config)]
+  elif ids := sentinel_ids(config, vocabulary):
+    steps.append(
+      functools.partial(preprocessors.insert_sentinels, sentinels=ids)
+    )
   feature = seqio.Feature(vocabulary.as_seqio(), add_eos=True)
   return seqio.Task(
     name.replace('-', '_'),  # mc4.bg-Latn is no name for seqio
