@@ -55,6 +55,7 @@ FLOORS = {
   'step_log': 5,
   'train_step': 5,
   'preflight': 5,
+  'development': 5,
   'trainer': 5,
   'closing': 5,
   'train': 5,

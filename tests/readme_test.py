@@ -177,6 +177,10 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
     ]
     if argv[0] == 'pretrain':
       argv += small
+    if argv[0] == 'study' and argv[1] != 'list':
+      argv += [flag for flag in SMALL if 'experts' not in flag]
+      argv += ['--arm=none'] if '--dry_run' not in argv else []
+      argv.append('--seeds=1')
     if argv[0] == 'convert':
       argv += SMALL_CONVERSION.get(argv[1], [])
     if argv[0] == 'vocab':

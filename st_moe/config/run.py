@@ -99,7 +99,7 @@ class DataConfig(Checked):
   # where given, these are read in the place of the tasks' sources.
   seqio_cache_dirs: tuple[str, ...] | str = ()
   # Tasks with answers ('superglue.cb'): the folder with the files that their
-  # authors publish.
+  # authors publish; None: `tfds_data_dir` has what tfds prepared.
   task_dir: str | None = None
   # A mixture of them takes each in proportion to its examples, counted up to
   # this many (paper, section 6.1); None: all of them (T5).

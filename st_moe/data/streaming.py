@@ -60,7 +60,6 @@ def open_stream(
   config: DataConfig, *, seed: int, cache_root: Path | None
 ) -> 'StreamingData':
   """Opens a task or mixture; see `pipeline.open_data`."""
-  tf.config.set_visible_devices([], 'GPU')  # the accelerator is JAX's
   parts = parse(config)
   _check_objective(config, parts)
   corpora = {

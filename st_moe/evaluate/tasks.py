@@ -385,7 +385,9 @@ class _Progress:
 
   def __call__(self, done: int, count: int) -> None:
     now = time.monotonic()
-    if done < count and now - self._last < _SECONDS_BETWEEN_LINES:
+    soon = now - self._last < _SECONDS_BETWEEN_LINES
+    # The end is told of what took long enough to be told of.
+    if soon and (done < count or self._last == self._begin):
       return
     self._last = now
     log.info(
