@@ -23,12 +23,41 @@ from st_moe.workdir import read_json, write_json
 def lines(scores: TaskScores) -> list[list[str]]:
   """Returns the parts of a line for each task, and for each mixture."""
   found = [_line(name, result) for name, result in scores.results.items()]
-  means = {name: scores.mean(tasks) for name, tasks in scores.mixtures.items()}
-  if len(scores.results) > 1 and not means:
-    means = {'all': scores.mean(list(scores.results))}
-  for name, mean in means.items():
-    if mean is not None:
-      found.append([f'{name}:', f'mean of tasks {mean:.2f}'])
+  for mean in _means(scores):
+    words = f'mean of {mean["tasks"]} tasks {mean["score"]:.2f}'
+    if mean['constant'] is not None:
+      words += f' (constant {mean["constant"]:.2f})'
+    found.append([f'{mean["name"]}:', words])
+  return found
+
+
+def _means(scores: TaskScores) -> list[dict[str, Any]]:
+  """Returns the mean scores that are shown: of mixtures, else of all tasks.
+
+  Each has a name, the scalar that it is, how many tasks, the mean of their
+  scores and of their constant answers' (None where one has none).
+  """
+  groups = {name: f'eval/{name}/score' for name in scores.mixtures}
+  members = dict(scores.mixtures)
+  if len(scores.results) > 1 and not groups:
+    groups, members = {'all': 'eval/score'}, {'all': tuple(scores.results)}
+  found = []
+  for name, scalar in groups.items():
+    value = scores.mean(members[name])
+    bars = [scores.results[task].majority for task in members[name]]
+    constant = None
+    if None not in bars:
+      constant = sum(bar.score for bar in bars) / len(bars)
+    if value is not None:
+      found.append(
+        {
+          'name': name,
+          'scalar': scalar,
+          'tasks': len(bars),
+          'score': value,
+          'constant': constant,
+        }
+      )
   return found
 
 
@@ -65,7 +94,7 @@ def write_answers(workdir: Path, scores: TaskScores, step: int) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + '\n')
     os.replace(temporary, path)
     record['tasks'][name]['labels'] = _labels(result)
-  record['mixtures'] = {name: list(t) for name, t in scores.mixtures.items()}
+  record['means'] = _means(scores)
   write_json(folder / 'scores.json', record)
 
 
@@ -98,15 +127,10 @@ def print_scores(scores: Mapping[str, Any]) -> None:
       constant = '' if best is None else f'{best["metrics"][metric]:.2f}'
       rows.append([*head, metric, f'{value:.2f}', constant])
       head = ['', '']
-  for name, tasks in _means(scores).items():
-    if f'eval/{name}' in scores:
-      bars = [scores['tasks'][task]['majority'] for task in tasks]
-      constant = ''
-      if None not in bars:
-        constant = f'{sum(one["score"] for one in bars) / len(bars):.2f}'
-      value = f'{scores[f"eval/{name}"]:.2f}'
-      shown = name.removesuffix('/score').replace('score', 'all')
-      rows.append([shown, '', f'mean of {len(tasks)}', value, constant])
+  for mean in scores['means']:
+    constant = '' if mean['constant'] is None else f'{mean["constant"]:.2f}'
+    words = f'mean of {mean["tasks"]}'
+    rows.append([mean['name'], '', words, f'{mean["score"]:.2f}', constant])
   print_table(
     Console(highlight=False),
     f'development scores at step {scores["step"]}, from 0 to 100, and those of '
@@ -114,12 +138,3 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     ['task', 'examples', 'metric', 'model', 'constant'],
     rows,
   )
-
-
-def _means(scores: Mapping[str, Any]) -> dict[str, list[str]]:
-  """Returns the tasks of each mean that is shown, by its scalar's name."""
-  mixtures = scores['mixtures']
-  if mixtures:
-    return {f'{name}/score': tasks for name, tasks in mixtures.items()}
-  tasks = list(scores['tasks'])
-  return {'score': tasks} if len(tasks) > 1 else {}

@@ -1,15 +1,8 @@
-"""Pictures and a page about a run, drawn from the files it wrote.
+"""Pictures of a run: its curves, the load of experts, the health of routers."""
 
-Reads `metrics.jsonl`, and `run.json` and `summary.json` where they exist;
-writes `report/`: curves, expert load, router health, `index.html`.
-"""
-
-import dataclasses
-import html
-import json
+import itertools
 import math
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,104 +17,15 @@ from matplotlib.ticker import (
   NullLocator,
 )
 
-from st_moe.metrics import read_metrics
-from st_moe.workdir import read_json
+from st_moe.report.run import Run
 
 # Okabe and Ito's colours, told apart by colour-blind readers.
 BLUE, ORANGE, GREEN, RED = '#0072B2', '#E69F00', '#009E73', '#D55E00'
 GREY = '#666666'
-_DPI = 130
 _FEW_POINTS = 30  # up to which single points are marked
 _ANNOTATED_EXPERTS = 16  # up to which a cell of the heat map has its number
 _LOG_RANGE = 20.0  # a larger span is drawn on a log scale
 _PLAIN = FuncFormatter(lambda value, _: f'{value:g}')
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-  """What the files of a work directory say.
-
-  Attributes:
-    rows: one dict per step, from metrics.jsonl.
-    info: run.json, or empty.
-    summary: summary.json, or empty.
-  """
-
-  rows: list[dict[str, Any]]
-  info: dict[str, Any]
-  summary: dict[str, Any]
-
-  def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps and values of a scalar; NaN where it was not finite."""
-    pairs = [(row['step'], row[name]) for row in self.rows if name in row]
-    values = [math.nan if value is None else value for _, value in pairs]
-    return np.array([step for step, _ in pairs]), np.array(values, float)
-
-  def last(self, name: str) -> float | None:
-    """Returns the last finite value of a scalar, that of the summary first."""
-    if name in self.summary:
-      return self.summary[name]
-    values = self.column(name)[1]
-    values = values[np.isfinite(values)]
-    return float(values[-1]) if len(values) else None
-
-  def layers(self) -> list[str]:
-    """Returns 'encoder/3' and so on for every sparse layer, encoder first."""
-    found = set()
-    for row in self.rows:
-      for name in row:
-        parts = name.split('/')
-        if name.startswith('router/') and len(parts) == 4:
-          found.add((parts[1] != 'encoder', parts[1], int(parts[2])))
-    return [f'{stack}/{layer}' for _, stack, layer in sorted(found)]
-
-  def load(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns steps [times] and relative load [times, experts] of a layer.
-
-    The load is the share of an expert as a multiple of an even share.
-    """
-    name = f'router/{layer}/expert_load'
-    steps, loads = [], []
-    for row in self.rows:
-      if name in row:
-        steps.append(row['step'])
-        loads.append([math.nan if x is None else x for x in row[name]])
-    loads = np.array(loads, float)
-    return np.array(steps), loads * loads.shape[-1]
-
-
-def write_report(workdir: Path) -> Path:
-  """Draws the report of a run; returns the page.
-
-  Raises:
-    UserError: when `workdir` holds no metrics, or a file that is not JSON.
-  """
-  workdir = Path(workdir)
-  run = Run(
-    rows=read_metrics(workdir),
-    info=_read_if_there(workdir / 'run.json'),
-    summary=_read_if_there(workdir / 'summary.json'),
-  )
-  directory = workdir / 'report'
-  directory.mkdir(exist_ok=True)
-  pictures = {'curves.png': draw_curves(run)}
-  if run.layers():
-    pictures['expert_load.png'] = draw_expert_load(run)
-    pictures['router.png'] = draw_router(run)
-  for name, figure in pictures.items():
-    figure.savefig(directory / name, dpi=_DPI)
-  page = directory / 'index.html'
-  page.write_text(
-    render_page(run, workdir.resolve().name, list(pictures)), encoding='utf-8'
-  )
-  return page
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-  return read_json(path) if path.is_file() else {}
-
-
-# MARK: pictures
 
 
 def _prepare(axes: Axes, title: str, unit: str) -> None:
@@ -328,134 +232,69 @@ def _layer_styles(layers: Sequence[str]) -> list[tuple[Any, str]]:
   return styles
 
 
-# MARK: page
-
-_CAPTIONS = {
-  'curves.png': 'Losses, score, learning rate and gradient norm',
-  'expert_load.png': 'Which share of the tokens each expert is chosen for',
-  'router.png': 'How decided the routers are, what they drop, their logits',
-}
-
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto;
-  max-width: 62rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; }
-td { padding: 0.15rem 1.5rem 0.15rem 0; vertical-align: top; }
-td:first-child { color: #555; }
-img { width: 100%; height: auto; }
-figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
-pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto;
-  font-size: 0.85rem; white-space: pre-wrap; }
-"""
-
-# Final numbers: label, name, format.
-_FINAL = (
-  ('training loss', 'loss', '{:.4f}'),
-  ('held-out loss, nats per target', 'eval/loss', '{:.4f}'),
-  ('held-out negative log perplexity, text', 'eval/neg_log_perplexity',
-   '{:.4f}'),
-  ('the same of the unigram distribution', 'eval/unigram_neg_log_perplexity',
-   '{:.4f}'),
-  ('held-out accuracy', 'eval/accuracy', '{:.1%}'),
-  ('tokens per second', 'tokens_per_second', '{:,.0f}'),
-  ('tokens with no expert', 'router/fraction_dropped', '{:.2%}'),
-  ('router entropy, nats', 'router/entropy', '{:.3f}'),
-  ('highest expert load, 1 = even', 'router/max_load', '{:.2f}'),
-  ('steps skipped (not finite)', 'skipped_steps', '{:.0f}'),
-)  # fmt: skip
-
-# The configuration in brief: label and paths in run.json.
-_SETTINGS = (
-  ('model', ('d_model', 'd_ff', 'num_heads', 'num_encoder_layers',
-             'num_decoder_layers', 'num_experts', 'sparse_every')),
-  ('optimizer', ('name', 'schedule', 'learning_rate', 'warmup_steps')),
-  ('data', ('task', 'vocabulary', 'objective', 'inputs_length',
-            'targets_length')),
-)  # fmt: skip
+# MARK: tasks with answers
 
 
-def _final_numbers(run: Run) -> list[tuple[str, str]]:
-  rows = [('steps', f'{run.rows[-1]["step"]:,}')]
-  for label, name, form in _FINAL:
-    value = run.last(name)
-    if value is not None:
-      rows.append((label, form.format(value)))
-  return rows
-
-
-def _settings(run: Run) -> list[tuple[str, str]]:
-  rows = []
-  if 'parameters' in run.info:
-    counts = run.info['parameters']
-    rows.append(
-      ('parameters', ', '.join(f'{key} {n:,}' for key, n in counts.items()))
-    )
-  config = run.info.get('config', {})
-  for part, names in _SETTINGS:
-    values = config.get(part, {})
-    known = [f'{name} {values[name]}' for name in names if name in values]
-    if known:
-      rows.append((part, ', '.join(known)))
-  known = [
-    f'{name} {config[name]}'
-    for name in ('steps', 'batch_size', 'microbatches', 'seed')
-    if name in config
+def draw_tasks(run: Run) -> Figure:
+  """The scores of each task over time, constant answers and the best step."""
+  scores = run.development
+  panels = [
+    (mean['name'], {'score': (mean['scalar'], mean['constant'])})
+    for mean in scores['means']
   ]
-  if known:
-    rows.append(('run', ', '.join(known)))
-  if 'command' in run.info:
-    rows.append(('command', ' '.join(run.info['command'])))
-  return rows
-
-
-def _table(rows: list[tuple[str, str]]) -> str:
-  cells = (
-    f'<tr><td>{html.escape(label)}</td><td>{html.escape(value)}</td></tr>'
-    for label, value in rows
+  for name, task in scores['tasks'].items():
+    best = task['majority']
+    lines = {
+      metric: (
+        f'eval/{name}/{metric}',
+        None if best is None else best['metrics'][metric],
+      )
+      for metric in task['metrics']
+    }
+    panels.append((name, lines))
+  columns = min(3, len(panels))
+  rows = math.ceil(len(panels) / columns)
+  figure = Figure(
+    figsize=(1 + 3.7 * columns, 0.3 + 2.9 * rows), layout='constrained'
   )
-  return '<table>\n' + '\n'.join(cells) + '\n</table>'
+  grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+  for axes, (title, lines) in zip(grid, panels, strict=False):
+    _draw_task(axes, run, title, lines)
+  for axes in grid[len(panels) :]:
+    axes.set_axis_off()
+  return figure
 
 
-def _samples(run: Run) -> str:
-  blocks = [
-    _table([('text', sample['text']), ('filled', sample['model'])])
-    for sample in run.summary.get('samples', [])
-  ]
-  if not blocks:
-    return ''
-  return (
-    '<h2>Masked sentences, filled by the model</h2>\n'
-    '<p>The masked spans stand in brackets: above what was there, below what '
-    'the model wrote, - for nothing.</p>\n' + '<hr>\n'.join(blocks)
-  )
+def _draw_task(
+  axes: Axes,
+  run: Run,
+  title: str,
+  lines: Mapping[str, tuple[str, float | None]],
+) -> None:
+  """Draws the metrics of a task.
 
-
-def render_page(run: Run, title: str, pictures: Sequence[str]) -> str:
-  """Returns the HTML of the report, which shows `pictures` beside it."""
-  figures = '\n'.join(
-    f'<figure><img src="{name}" alt="{_CAPTIONS[name]}">'
-    f'<figcaption>{_CAPTIONS[name]}</figcaption></figure>'
-    for name in pictures
-  )
-  parts = [
-    '<!DOCTYPE html>',
-    '<html lang="en"><head><meta charset="utf-8">',
-    f'<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>',
-    f'<h1>{html.escape(title)}</h1>',
-    '<h2>Final numbers</h2>',
-    _table(_final_numbers(run)),
-    '<h2>Curves</h2>',
-    figures,
-    _samples(run),
-  ]
-  settings = _settings(run)
-  if settings:
-    full = json.dumps(run.info, indent=2, sort_keys=True)
-    parts += [
-      '<h2>Configuration</h2>',
-      _table(settings),
-      f'<details><summary>run.json</summary><pre>{html.escape(full)}</pre>'
-      '</details>',
-    ]
-  return '\n'.join([*parts, '</body></html>', ''])
+  Args:
+    axes: to draw on.
+    run: whose scalars.
+    title: of the task.
+    lines: for each metric its scalar, and what a constant answer scores.
+  """
+  _prepare(axes, title, 'from 0 to 100')
+  colours = (BLUE, GREEN, ORANGE, RED)
+  for (metric, (scalar, constant)), colour in zip(
+    lines.items(), itertools.cycle(colours), strict=False
+  ):
+    _line(axes, run, scalar, color=colour, label=metric)
+    if constant is not None:
+      axes.axhline(constant, color=colour, linestyle=':', linewidth=1.2)
+  axes.set_ylim(-3, 103)
+  axes.set_xlim(0, 1.02 * run.rows[-1]['step'])
+  if run.best_step is not None:
+    axes.axvline(run.best_step, color=GREY, linewidth=1, alpha=0.6)
+    axes.annotate(
+      'best', (run.best_step, 1.0), xycoords=('data', 'axes fraction'),
+      xytext=(3, -2), textcoords='offset points', fontsize=8, color=GREY,
+      va='top',
+    )  # fmt: skip
+  if lines:
+    axes.legend(fontsize=8, frameon=False)
