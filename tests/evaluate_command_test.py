@@ -164,6 +164,12 @@ def test_what_is_refused(model, files, tmp_path, flags, message, capsys):
   assert message.replace('FILE', str(file)) in error
 
 
+def test_of_its_own_task_fields_are_set(model, capsys):
+  flags = ['--gin.METHOD=rank']
+  assert main(['evaluate', f'--workdir={model}', *flags]) == 2
+  assert 'did you mean EvaluationConfig.method?' in capsys.readouterr().err
+
+
 def test_a_row_without_a_number_cannot_be_submitted(
   model, files, tmp_path, capsys
 ):

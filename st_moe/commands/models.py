@@ -48,8 +48,8 @@ def _of_a_model(
       'give the work directory of a run, or a model that `st_moe convert` made'
     )
   files = [str(found), *args.gin_file]
-  macros = any(one.is_macro for one in args.gin_bindings)
-  if of_text and macros and not args.gin_file:
+  named = any(one.name == 'TASK' for one in args.gin_bindings)
+  if of_text and named and not args.gin_file:
     files.append(_EVALUATE_FILE)
   return starting.configure(args, files, flags)
 
