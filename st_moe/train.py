@@ -17,19 +17,25 @@ from st_moe.trainer import Trainer, start
 from st_moe.workdir import open_workdir
 
 
-def run_steps(trainer: Trainer) -> str | None:
+def run_steps(
+  trainer: Trainer, progress: metrics.Progress | None = None
+) -> str | None:
   """Trains to the end; returns the signal that stopped it, if one did.
 
   The end is the last step, or an evaluation with which patience is over.
   Order at a step: train, log, evaluate, save. The data iterator moves only
   after the save of the step before.
+
+  Args:
+    trainer: from `start`.
+    progress: where to show it; None: by itself.
   """
   config, best = trainer.config, trainer.best
   step = saved = int(trainer.state.step)
   with (
     processes.StopSignals() as signals,
     partitioning.use_mesh(trainer.mesh, config.mesh),
-    metrics.Progress(config.steps, start=step) as progress,
+    progress or metrics.Progress(config.steps, start=step) as progress,
   ):
     step_log = StepLog(
       config, trainer.writer, progress, trainer.rows, trainer.alarms

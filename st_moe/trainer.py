@@ -203,7 +203,6 @@ def start(
   alarms = Alarms(config.health, config.model, workdir.path)
   log.info('building the model')
   program = step_program(config, mesh)  # what cannot be divided is found here
-
   batches = data.train_batches(
     config.batch_size, process_index=part.index, process_count=part.count
   )

@@ -47,6 +47,7 @@ FLOORS = {
   'alarms': 4,
   'workdir': 4,
   'model_directory': 4,
+  'model_gin': 4,
   'report': 4,
   'evaluate': 5,
   'predictor': 5,

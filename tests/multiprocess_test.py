@@ -203,6 +203,7 @@ def test_each_process_records_the_rows_it_read(cache, tmp_path):
     '--gin.HealthConfig.spike_window=2',
     '--gin.HealthConfig.spike_deviations=0.0001',
     '--gin.HealthConfig.history_steps=3',
+    '--gin.LEARNING_RATE=3.0',
   ]
   found = []
   for processes in (1, 2):

@@ -164,7 +164,7 @@ def add_trace(subparsers: Any) -> Parser:
     metavar='DIR',
     help='a run, or a model that `st_moe convert` made',
   )
-  add('--step', type=int, help='of the checkpoint (default: the newest)')
+  add_step(command)
   add(
     '--input',
     metavar='FILE',

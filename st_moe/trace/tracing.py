@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from st_moe import partitioning, processes
+from st_moe.best import Step
 from st_moe.checkpoint import find_steps, restore_params
 from st_moe.config import RunConfig
 from st_moe.data.pipeline import open_data
@@ -38,7 +39,7 @@ class Request:
 
   Attributes:
     checkpoint: a run, or a model directory.
-    step: of its checkpoint; None for the newest.
+    step: of its checkpoint, or 'best'; None for the newest.
     input: a file whose lines are traced; None for the data of the config.
     output: folder for the files.
     batches: how many are traced at most.
@@ -47,7 +48,7 @@ class Request:
   """
 
   checkpoint: Path
-  step: int | None
+  step: Step
   input: Path | None
   output: Path
   batches: int
