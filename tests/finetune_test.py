@@ -1,6 +1,7 @@
 """`st_moe finetune`: the model comes from the checkpoint, its bits stay."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -61,6 +62,90 @@ def test_a_model_is_tuned_and_goes_on(tmp_path, text, caplog):
   assert main([*argv, *longer]) == 0
   assert 'resumed at step 2' in caplog.text
   assert json.loads((run / 'summary.json').read_text())['step'] == 4
+
+
+CB_ROWS = [
+  {'premise': f'It is {i}.', 'hypothesis': f'{i}', 'label': label, 'idx': i}
+  for i, label in enumerate(
+    ['entailment', 'contradiction', 'neutral', 'entailment', 'entailment'] * 2
+  )
+]
+
+
+@pytest.fixture
+def cb(tmp_path):
+  """Returns the flags of a fine-tune on a small CB, with its weights."""
+  for name, rows in (('train', CB_ROWS), ('val', CB_ROWS[:5])):
+    path = tmp_path / 'superglue' / 'CB' / f'{name}.jsonl'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  write_run(tmp_path / 'weights', SPARSE)
+  return [
+    f'--checkpoint={tmp_path}/weights', f'--workdir={tmp_path}/run', *FLAGS,
+    '--gin.TASK=superglue.cb', f'--gin.TASK_DIR={tmp_path}/superglue',
+  ]  # fmt: skip
+
+
+def test_tasks_are_scored_while_a_model_is_tuned(tmp_path, cb, capsys):
+  run = tmp_path / 'run'
+  flags = ['--gin.STEPS=4', '--gin.DataConfig.targets_length=16']
+  assert main(['finetune', *cb, *flags]) == 0
+  out = capsys.readouterr().out
+  # Of 5 examples 3 are entailments.
+  line = r'  superglue.cb:  accuracy [\d.]+ \(constant 60.00\)  f1 [\d.]+ \('
+  assert re.search('step 2/4' + line, out)
+  assert re.search('step 4/4' + line, out)
+  assert 'unigram' not in out
+
+  logged = [
+    json.loads(row)
+    for row in (run / 'metrics.jsonl').read_text().splitlines()
+    if 'eval/score' in row
+  ]
+  assert [row['step'] for row in logged] == [2, 4]
+  best = json.loads((run / 'best.json').read_text())
+  assert best['metric'] == 'eval/score'
+  assert best['value'] == max(row['eval/score'] for row in logged)
+  summary = json.loads((run / 'summary.json').read_text())
+  assert summary['best'] == best
+  task = summary['development']['tasks']['superglue.cb']
+  assert summary['development']['step'] == best['step']
+  assert task['metrics'] == {
+    metric: logged[best['step'] // 2 - 1][f'eval/superglue.cb/{metric}']
+    for metric in ('accuracy', 'f1')
+  }
+  assert task['majority']['metrics']['accuracy'] == 60.0
+  answers = (run / 'best_answers' / 'superglue.cb.jsonl').read_text()
+  assert len(answers.splitlines()) == 5
+  assert 'Development scores' in (run / 'report' / 'index.html').read_text()
+  assert f'st_moe evaluate --checkpoint={run} --step=best\n' in out
+
+  # Those are the scores of the checkpoint.
+  assert main(['evaluate', f'--checkpoint={run}', '--step=best']) == 0
+  scored = json.loads((run / 'evaluations.jsonl').read_text())
+  assert scored['step'] == best['step']
+  assert scored['tasks']['superglue.cb']['metrics'] == task['metrics']
+
+
+@pytest.mark.parametrize(
+  ('metric', 'message'),
+  [
+    (
+      'eval/superglue.cb/f2',
+      "RunConfig.best_metric 'eval/superglue.cb/f2' is no score of this run; "
+      'did you mean eval/superglue.cb/f1?; it has eval/loss, ',
+    ),
+    ('eval/superglue.rte/score', 'did you mean eval/superglue.cb/score?'),
+  ],
+)
+def test_a_best_metric_must_be_a_score_of_the_run(
+  tmp_path, cb, metric, message, capsys
+):
+  assert main(['finetune', *cb, f'--gin.RunConfig.best_metric={metric}']) == 2
+  error = capsys.readouterr().err
+  assert error.count('\n') == 1
+  assert message in error
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ _SHOWN_CHARACTERS = 600  # of an input
 _SHOWN_ANSWER = 200  # characters of an output
 
 STYLE = """
+h3 { font-size: 1rem; margin: 1.4rem 0 0.5rem; }
 .scores td, .scores th { padding: 0.25rem 1.2rem 0.25rem 0; text-align: right;
-  font-variant-numeric: tabular-nums; }
+  font-variant-numeric: tabular-nums; vertical-align: middle; }
 .scores th { color: #555; font-weight: normal; font-size: 0.85rem; }
 .scores td:nth-child(-n+2), .scores th:nth-child(-n+2) { text-align: left; }
 .scores td:first-child { color: #222; font-weight: 600; }
