@@ -13,8 +13,9 @@ ROOT = Path(__file__).parent
 # The gin files live at the top of the repository and travel inside the
 # package, so that an installed st_moe finds them too.
 GIN_PACKAGES = [
-  f'st_moe.gin_configs{suffix}'
-  for suffix in ('', '.models', '.runs', '.ablations')
+  '.'.join(('st_moe', *path.relative_to(ROOT).parts))
+  for path in (ROOT / 'gin_configs', *sorted((ROOT / 'gin_configs').rglob('*')))
+  if path.is_dir()
 ]
 
 DATA = [
@@ -38,7 +39,7 @@ setup(
   python_requires='>=3.11,<3.14',
   packages=find_packages(include=['st_moe', 'st_moe.*']) + GIN_PACKAGES,
   package_dir={'st_moe.gin_configs': 'gin_configs'},
-  package_data={name: ['*.gin'] for name in GIN_PACKAGES}
+  package_data={name: ['*.gin', '*.toml'] for name in GIN_PACKAGES}
   | {'st_moe.trace': ['page.html']},
   entry_points={'console_scripts': ['st_moe = st_moe.main:run']},
   install_requires=[

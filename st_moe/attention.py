@@ -299,7 +299,8 @@ class Attention(nn.Module):
     Args:
       x: [batch, queries, d_model].
       source: [batch, keys, d_model] to project keys and values from; None to
-        attend to `cache` as it is.
+        attend to `cache` as it is. That may have a row for each n of x, one
+        after another, in which it is looked at by all of them.
       query_segments: int [batch, queries].
       key_segments: int [batch, keys].
       causal: whether a query sees only keys at or before its own index.
@@ -321,6 +322,15 @@ class Attention(nn.Module):
         cache,
         key_value,
       )
+    shape = query.shape
+    if source is None and len(cache.key) < len(query):  # of one query each
+      rows = (len(cache.key), shape[0] // len(cache.key))
+      query = partitioning.reshape(
+        query, (*rows, *shape[2:]), ('batch', None, 'heads', 'kv')
+      )
+      query_segments = partitioning.reshape(
+        query_segments, rows, ('batch', None)
+      )
     # One dropout mask for all queries, as in Mesh TensorFlow and T5X.
     dropout = Dropout(self.dropout_rate, ('batch', 'heads', 'length', None))
     y, z_loss = attend(
@@ -334,7 +344,7 @@ class Attention(nn.Module):
       dropout=functools.partial(dropout, train=train),
     )  # [batch, queries, heads, d_kv]
     y = partitioning.reshape(
-      y, (*y.shape[:2], joined), ('batch', 'length', 'joined_kv')
+      y, (*shape[:2], joined), ('batch', 'length', 'joined_kv')
     )
     # Adds partial sums over the model axis.
     y = partitioning.project(

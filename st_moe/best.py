@@ -18,6 +18,8 @@ from typing import Any, Literal
 from st_moe.errors import UserError, did_you_mean
 
 BEST_FILE = 'best.json'
+# What the best step answered to tasks with answers; see development.py.
+ANSWERS_FOLDER = 'best_answers'
 # Which checkpoint of several: a number of steps, the best, or the newest.
 Step = int | Literal['best'] | None
 

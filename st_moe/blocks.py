@@ -30,7 +30,8 @@ class LayerCache:
   Attributes:
     self_attention: of the positions decoded so far, [batch, max length,
       heads, d_kv].
-    cross_attention: of the encoded input, [batch, input length, heads, d_kv].
+    cross_attention: of the encoded input, [inputs, input length, heads, d_kv];
+      each input has as many rows of the batch as another.
   """
 
   self_attention: KeyValue
@@ -43,7 +44,7 @@ class DecodeCache:
 
   Attributes:
     index: int32 [] position of the next token.
-    encoded_segments: int [batch, input length]; 0 is padding.
+    encoded_segments: int [inputs, input length]; 0 is padding.
     layers: one LayerCache per layer, or, of a scanned model, per layer of a
       superblock, with a leading axis of superblocks.
   """

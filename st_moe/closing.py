@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from st_moe import evaluate, metrics, processes
+from st_moe import development, evaluate, metrics, processes
 from st_moe.config import RunConfig
 from st_moe.report import write_report
 from st_moe.trainer import Trainer
@@ -24,20 +24,21 @@ def finish(trainer: Trainer) -> None:
   """
   config, data = trainer.config, trainer.data
   params = trainer.state.params
-  log.info('scoring held-out text, and a unigram distribution to compare')
+  log.info('scoring held-out text')
   summary: dict[str, Any] = {'step': int(trainer.state.step)}
   summary |= _course(trainer)
   summary |= trainer.evaluator.losses(params)
-  log.info('filling masked sentences')
-  samples = evaluate.fill_sentences(config, params, data, config.num_samples)
+  samples = []
+  if config.num_samples:
+    log.info('filling masked sentences')
+    samples = evaluate.fill_sentences(config, params, data, config.num_samples)
   if not processes.is_leader():
     return
-  begin = time.monotonic()
-  counts, tokens = evaluate.unigram_counts(data, config, config.unigram_batches)
-  summary['data_tokens_per_second'] = tokens / (time.monotonic() - begin)
-  summary['eval/unigram_neg_log_perplexity'] = (
-    evaluate.unigram_neg_log_perplexity(counts, trainer.evaluator)
-  )
+  if trainer.tasks is not None:
+    # Those of the best step, which may be from before an interruption.
+    summary['development'] = development.read_scores(trainer.workdir.path)
+  else:
+    summary |= _unigram(trainer)
   speeds = metrics.read_column(trainer.workdir.path, 'tokens_per_second')
   if speeds:
     summary['tokens_per_second'] = float(np.median(speeds))
@@ -46,6 +47,20 @@ def finish(trainer: Trainer) -> None:
   trainer.writer.flush()
   print_summary(summary, trainer.workdir.path)
   print(f'report: {write_report(trainer.workdir.path)}', flush=True)
+
+
+def _unigram(trainer: Trainer) -> dict[str, float]:
+  """Returns the score of the unigram distribution, a bar for text models."""
+  log.info('counting a unigram distribution to compare')
+  config, data = trainer.config, trainer.data
+  begin = time.monotonic()
+  counts, tokens = evaluate.unigram_counts(data, config, config.unigram_batches)
+  seconds = time.monotonic() - begin
+  score = evaluate.unigram_neg_log_perplexity(counts, trainer.evaluator)
+  return {
+    'data_tokens_per_second': tokens / seconds,
+    'eval/unigram_neg_log_perplexity': score,
+  }
 
 
 def _course(trainer: Trainer) -> dict[str, Any]:
@@ -92,6 +107,20 @@ def print_summary(summary: dict[str, Any], workdir: Path) -> None:
   for sample in summary['samples']:
     print(f'  text:  {sample["text"]}')
     print(f'  model: {sample["model"]}\n')
+  if summary.get('development'):
+    development.print_scores(summary['development'])
+  if 'eval/unigram_neg_log_perplexity' in summary:
+    _print_text_score(summary)
+  if 'best' in summary:
+    best = summary['best']
+    print(
+      f'best {best["metric"]}: {best["value"]:.4f} at step {best["step"]}; to '
+      'score its checkpoint:'
+    )
+    print(f'  st_moe evaluate --checkpoint={workdir} --step=best')
+
+
+def _print_text_score(summary: dict[str, Any]) -> None:
   score = summary['eval/neg_log_perplexity']
   unigram = summary['eval/unigram_neg_log_perplexity']
   word = 'better' if score >= unigram else 'worse'
@@ -105,10 +134,3 @@ def print_summary(summary: dict[str, Any], workdir: Path) -> None:
       f'training used {used:,.0f} tokens/s; the data path feeds '
       f'{feed:,.0f} tokens/s ({feed / used:.1f}x)'
     )
-  if 'best' in summary:
-    best = summary['best']
-    print(
-      f'best {best["metric"]}: {best["value"]:.4f} at step {best["step"]}; to '
-      'score its checkpoint:'
-    )
-    print(f'  st_moe evaluate --workdir={workdir} --step=best')

@@ -42,6 +42,7 @@ def init_cache(
   params: Any,
   encoder_input_tokens: jax.Array,
   max_length: int,
+  rows: int = 1,
 ) -> DecodeCache:
   """Encodes the input and returns the cache of the first decoding step.
 
@@ -50,11 +51,13 @@ def init_cache(
     params: of `EncoderDecoder`.
     encoder_input_tokens: int [batch, input length]; 0 is padding.
     max_length: how many positions can be decoded.
+    rows: sequences decoded for each input, one after another in the batch.
   """
   encoded = encode(config, params, encoder_input_tokens)
   empty = partitioning.shard(
     jnp.zeros(
-      (len(encoded), max_length, config.num_heads, config.d_kv), encoded.dtype
+      (len(encoded) * rows, max_length, config.num_heads, config.d_kv),
+      encoded.dtype,
     ),
     *('batch', 'length', 'heads', 'kv'),
   )
@@ -97,12 +100,12 @@ def decode_step(
     config: of the model.
     params: of `EncoderDecoder`.
     cache: from `init_cache` or the step before.
-    tokens: int [batch], decoder input at this position (0 at the first).
-    active: bool [batch], sequences that have not ended. The others are padding
+    tokens: int [rows], decoder input at this position (0 at the first).
+    active: bool [rows], sequences that have not ended. The others are padding
       to the routers.
 
   Returns:
-    Logits float32 [batch, vocab] of this position, and the next step's cache.
+    Logits float32 [rows, vocab] of this position, and the next step's cache.
   """
   table = embedding_table(config, params)
   output = Decoder(config).apply(

@@ -103,9 +103,10 @@ def _stop_at_once(number, frame) -> None:
 def run() -> None:
   """The console script: sets the process up for computing, then `main`."""
   command, helps = sys.argv[1:2], '--help' in sys.argv
-  if command in (['pretrain'], ['finetune']) and not helps:
+  trains = command in (['pretrain'], ['finetune'], ['study'])
+  if trains and not helps:
     signal.signal(signal.SIGTERM, _stop_at_once)
-  computes = command in (['pretrain'], ['finetune'], ['bench'])
+  computes = trains or command == ['bench']
   on_cpu = os.environ.get('JAX_PLATFORMS', 'cpu') == 'cpu'
   heap = _LEAN_HEAP if command == ['convert'] else {}
   heap = _HEAP if computes and on_cpu else heap

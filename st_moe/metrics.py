@@ -422,11 +422,17 @@ class Progress:
       lines.append(Text('routers  ' + '  '.join(routers), style='dim'))
     self._live.update(Group(*lines), refresh=True)
 
-  def note(self, step: int, scores: dict[str, float]) -> None:
-    """Prints a line that stays: the scores of an evaluation."""
+  def note(
+    self,
+    step: int,
+    scores: dict[str, float],
+    lines: Sequence[Sequence[str]] = (),
+  ) -> None:
+    """Prints lines that stay: the scores of an evaluation, and more of it."""
     if self._shown:
       values = describe(scores, _SHOWN_SCORES)
-      self._print([f'step {step}/{self._total}', 'held out:', *values])
+      for line in (('held out:', *values), *lines):
+        self._print([f'step {step}/{self._total}', *line])
 
   def _print(self, parts: list[str]) -> None:
     self._console.print(Text('  '.join(parts)))

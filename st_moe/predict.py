@@ -55,24 +55,6 @@ class Texts:
   input: Path | None = None
   output: Path | None = None
 
-  def check(self) -> None:
-    """Refuses files that cannot be read or written, before anything is done.
-
-    Raises:
-      UserError: naming the file.
-    """
-    if self.prompt is not None and self.input is not None:
-      raise UserError('--prompt and --input both give text; choose one of them')
-    if self.input is not None and not self.input.is_file():
-      raise UserError(f'--input={self.input} is no file')
-    if self.output is None:
-      return
-    if self.output.is_dir():
-      raise UserError(f'--output={self.output} is a folder; name a file')
-    folder = self.output.absolute().parent
-    if not folder.is_dir():
-      raise UserError(f'--output={self.output}: there is no folder {folder}')
-
   def lines(self) -> Iterator[str]:
     """Yields the inputs.
 
@@ -172,7 +154,7 @@ class _Answers:
     vocabulary, rows = self._vocabulary, []
     for text in block:
       ids = vocabulary.encode_prompt(text)
-      self.cut += len(ids) >= self._longest
+      self.cut += len(ids) > self._longest - 1
       rows.append([*ids[: self._longest - 1], vocabulary.eos_id])
     outputs = self._predictor.generate(
       rows, first=self.lines, progress=self._say
@@ -187,7 +169,7 @@ class _Answers:
       return
     self._said = now
     done += self.lines
-    log.info('%d lines answered, %.1f a second', done, done / self.seconds)
+    log.info('lines answered: %d (%.1f a second)', done, done / self.seconds)
 
   @property
   def seconds(self) -> float:
@@ -196,13 +178,13 @@ class _Answers:
   def summary(self) -> None:
     if self.cut:
       log.warning(
-        '%d of %d lines have more than %d tokens and were cut; '
+        'cut: %d of %d lines, which have more than %d tokens; '
         '--gin.DataConfig.inputs_length=N lets more in',
         *(self.cut, self.lines, self._longest - 1),
       )
     log.info(
-      '%d lines answered in %.1f s: %d tokens',
-      *(self.lines, self.seconds, self.tokens),
+      'answered in %.1f s: lines %d, tokens %d',
+      *(self.seconds, self.lines, self.tokens),
     )
 
 

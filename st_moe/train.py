@@ -17,19 +17,25 @@ from st_moe.trainer import Trainer, start
 from st_moe.workdir import open_workdir
 
 
-def run_steps(trainer: Trainer) -> str | None:
+def run_steps(
+  trainer: Trainer, progress: metrics.Progress | None = None
+) -> str | None:
   """Trains to the end; returns the signal that stopped it, if one did.
 
   The end is the last step, or an evaluation with which patience is over.
   Order at a step: train, log, evaluate, save. The data iterator moves only
   after the save of the step before.
+
+  Args:
+    trainer: from `start`.
+    progress: where to show it; None: by itself.
   """
   config, best = trainer.config, trainer.best
   step = saved = int(trainer.state.step)
   with (
     processes.StopSignals() as signals,
     partitioning.use_mesh(trainer.mesh, config.mesh),
-    metrics.Progress(config.steps, start=step) as progress,
+    progress or metrics.Progress(config.steps, start=step) as progress,
   ):
     step_log = StepLog(
       config, trainer.writer, progress, trainer.rows, trainer.alarms
@@ -42,16 +48,15 @@ def run_steps(trainer: Trainer) -> str | None:
       trainer.state, result = trainer.train_step(trainer.state, batch)
       step += 1
       step_log.add(step, result, waited, rows)
-      last, is_best, scores = step == config.steps, False, None
+      last, found = step == config.steps, None
       if step % config.eval_every == 0 or last:
         step_log.pause()
-        scores = trainer.evaluate(step)
-        progress.note(step, scores)
-        is_best = best.add(step, scores)
-      is_saved = step % config.checkpoint_every == 0 or last or best.over
-      if is_saved or (is_best and config.keep_best):
+        found = trainer.evaluate(step)
+        progress.note(step, found.scores, found.lines())
+      is_kept = found and found.is_best and config.keep_best
+      if step % config.checkpoint_every == 0 or last or best.over or is_kept:
         step_log.pause()
-        trainer.save(step, scores)
+        trainer.save(step, found and found.scores)
         saved = step
     if signals.received and saved != step:
       step_log.pause()

@@ -36,10 +36,18 @@ def init_key(seed: int) -> jax.Array:
   return jax.random.fold_in(jax.random.key(seed), _INIT_STREAM)
 
 
-def step_key(seed: int, step: jax.Array) -> jax.Array:
+def run_key(seed: int) -> np.ndarray:
+  """Returns the data of a run's key, which its steps are given.
+
+  Not a constant of the compiled step, which so is the same for every seed.
+  """
+  return np.asarray(jax.random.key_data(jax.random.key(seed)))
+
+
+def step_key(run_key: jax.Array, step: jax.Array) -> jax.Array:
   """Returns the key of one step's dropout and routing."""
-  key = jax.random.fold_in(jax.random.key(seed), _STEP_STREAM)
-  return jax.random.fold_in(key, step)
+  key = jax.random.wrap_key_data(run_key)
+  return jax.random.fold_in(jax.random.fold_in(key, _STEP_STREAM), step)
 
 
 def batch_totals(
@@ -143,16 +151,18 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   schedule: Callable[[jax.Array], jax.Array],
   mask: Any = None,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Any]]:
-  """Returns the training step `(state, batch) -> (state, metrics)`.
+) -> Callable[..., tuple[TrainState, Any]]:
+  """Returns the training step `(state, batch, run_key) -> (state, metrics)`.
 
   A step whose loss or gradient norm is not finite leaves parameters and
   optimizer state as they were, and is counted. Parameters that `mask` (from
   `trainable_mask`; None: none) leaves out are handed on untouched.
   """
 
-  def train_step(state: TrainState, batch: dict[str, jax.Array]):
-    rng = step_key(config.seed, state.step)
+  def train_step(
+    state: TrainState, batch: dict[str, jax.Array], run_key: jax.Array
+  ):
+    rng = step_key(run_key, state.step)
     gradients, result = loss_and_gradients(
       config, state.params, batch, rng, mask
     )
@@ -212,7 +222,9 @@ class StepProgram:
     shapes: of the state.
     step: jitted `(state, batch) -> (state, metrics)`; takes over the state's
       memory.
-    traced: the same on the shapes of a batch; nothing is compiled yet.
+    traced: `(state, batch, key) -> (state, metrics)` on the shapes of a batch;
+      nothing is compiled yet.
+    key: of the run, from `run_key`.
     optimizer: of the run.
     shardings: of the state.
   """
@@ -221,6 +233,7 @@ class StepProgram:
   shapes: AbstractState
   step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Any]]
   traced: Any
+  key: np.ndarray
   optimizer: optax.GradientTransformation
   shardings: TrainState
 
@@ -261,8 +274,17 @@ def step_program(config: RunConfig, mesh: Mesh) -> StepProgram:
     # Every process reads all metrics.
     out_shardings=(shardings, partitioning.replicated(mesh)),
   )
+  key = run_key(config.seed)
   with partitioning.use_mesh(mesh, config.mesh):
     traced = step.trace(
-      shapes.with_shardings(shardings), abstract_batch(config, mesh)
+      shapes.with_shardings(shardings), abstract_batch(config, mesh), key
     )
-  return StepProgram(config, shapes, step, traced, optimizer, shardings)
+  return StepProgram(
+    config=config,
+    shapes=shapes,
+    step=lambda state, batch: step(state, batch, key),
+    traced=traced,
+    key=key,
+    optimizer=optimizer,
+    shardings=shardings,
+  )

@@ -7,12 +7,20 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from st_moe import evaluate, initialize, metrics, partitioning, processes
+from st_moe import (
+  development,
+  evaluate,
+  initialize,
+  metrics,
+  partitioning,
+  processes,
+)
 from st_moe.alarms import Alarms
 from st_moe.best import BEST_FILE, BestStep, choose_metric
 from st_moe.checkpoint import Checkpointer, steps_in
 from st_moe.config import DataConfig, RunConfig
 from st_moe.data.pipeline import open_data
+from st_moe.evaluate.tasks import TaskEvaluator, TaskScores, named_tasks
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.preflight import check_run, describe_run
 from st_moe.train_state import TrainState
@@ -20,6 +28,25 @@ from st_moe.train_step import step_program
 from st_moe.workdir import WorkDirectory, write_json
 
 log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What an evaluation of a run found; the same in all processes.
+
+  Attributes:
+    scores: by name, as they are logged.
+    answered: to the development sets of tasks with answers, if there are any.
+    is_best: whether no step was better.
+  """
+
+  scores: dict[str, float]
+  answered: TaskScores | None
+  is_best: bool
+
+  def lines(self) -> list[list[str]]:
+    """Returns a line for each task."""
+    return development.lines(self.answered) if self.answered else []
 
 
 @dataclasses.dataclass
@@ -37,16 +64,30 @@ class Trainer:
   rows: list[dict[str, float]]
   train_step: Callable
   evaluator: evaluate.Evaluator
+  tasks: TaskEvaluator | None
   best: BestStep
   alarms: Alarms
 
-  def evaluate(self, step: int) -> dict[str, float]:
-    """Scores the parameters and writes the scores; all processes get them."""
-    scores = self.evaluator.losses(self.state.params)
-    # Of one process, since they decide what all do next.
+  def evaluate(self, step: int) -> Evaluation:
+    """Scores the parameters and writes the scores.
+
+    Of tasks with answers the answers are kept, if this is the best step.
+
+    Args:
+      step: steps done.
+    """
+    scores, answered = self.evaluator.losses(self.state.params), None
+    if self.tasks is not None:
+      answered = self.tasks.evaluate(self.state.params)
+      scores |= answered.scalars()
+    # Those of one process, since they decide what all do next.
     scores = processes.from_leader(scores)
     self.writer.write(step, scores)
-    return scores
+    is_best = self.best.add(step, scores)
+    wanted = is_best or not self.best.metric
+    if answered and wanted and processes.is_leader():
+      development.write_answers(self.workdir.path, answered, step)
+    return Evaluation(scores, answered, is_best)
 
   def save(self, step: int, scores: dict[str, float] | None = None) -> None:
     """Saves state, data position and the unfinished log interval.
@@ -91,10 +132,41 @@ def _beginnings(
   return data_config, source
 
 
-def _open_data(
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+  """What a run reads.
+
+  Attributes:
+    data: batches, held-out ones too.
+    vocabulary: which it is, as DataConfig says it.
+    source: whose weights a new run begins with; None: fresh ones.
+    tasks: the development sets of its tasks with answers, if it has any.
+    fingerprint: of the data and of those.
+  """
+
+  data: Any
+  vocabulary: str
+  source: FoundModel | None
+  tasks: TaskEvaluator | None
+  fingerprint: dict[str, Any]
+
+  def best_step(self, config: RunConfig) -> BestStep:
+    """Returns which step is the best so far: none.
+
+    Raises:
+      UserError: evaluations have no such score.
+    """
+    names = [*evaluate.HELD_OUT_SCORES]
+    names += self.tasks.score_names() if self.tasks else []
+    return BestStep(
+      choose_metric(config.best_metric, names), config.early_stopping
+    )
+
+
+def _open(
   config: RunConfig, workdir: WorkDirectory, mesh: Mesh, *, allow_change: bool
-) -> tuple[Any, DataConfig, FoundModel | None]:
-  """Returns the data, its settings, and whose weights a run begins with.
+) -> _Opened:
+  """Opens what the run reads.
 
   Raises:
     UserError: when data, model, mesh and weights do not go together.
@@ -102,12 +174,16 @@ def _open_data(
   data_config, source = _beginnings(config, workdir)
   data = open_data(data_config, seed=config.seed, cache_root=None)
   check_run(config, data.vocabulary.vocab_size, mesh)
-  workdir.check_data(data.fingerprint, allow=allow_change)
   if source:
     initialize.check_vocabulary(
       data.fingerprint['vocabulary'], data_config, source
     )
-  return data, data_config, source
+  tasks, fingerprint = None, data.fingerprint
+  if named_tasks(config):
+    tasks = TaskEvaluator(config, data.vocabulary, mesh)
+    fingerprint = fingerprint | {'development': tasks.fingerprint}
+  workdir.check_data(fingerprint, allow=allow_change)
+  return _Opened(data, data_config.vocabulary, source, tasks, fingerprint)
 
 
 def start(
@@ -122,19 +198,15 @@ def start(
   mesh = partitioning.make_mesh(config.mesh)
   processes.check_joined()
   part = partitioning.batch_part(mesh)
-  data, data_config, source = _open_data(
-    config, workdir, mesh, allow_change=allow_config_change
-  )
-  metric = choose_metric(config.best_metric, evaluate.HELD_OUT_SCORES)
-  best = BestStep(metric, config.early_stopping)
+  opened = _open(config, workdir, mesh, allow_change=allow_config_change)
+  data, best = opened.data, opened.best_step(config)
   alarms = Alarms(config.health, config.model, workdir.path)
   log.info('building the model')
   program = step_program(config, mesh)  # what cannot be divided is found here
-
   batches = data.train_batches(
     config.batch_size, process_index=part.index, process_count=part.count
   )
-  processes.check_same(data.fingerprint, 'give every process the same data')
+  processes.check_same(opened.fingerprint, 'give every process the same data')
   checkpointer = Checkpointer(
     workdir.checkpoints,
     keep_last=config.keep_last,
@@ -151,10 +223,10 @@ def start(
     best.restore(restored.metadata.get('best'))
     alarms.restore(restored.metadata.get('health'))
     log.info('resumed at step %d', restored.step)
-  elif source:
-    begun = initialize.initial_state(config, program, source, mesh)
+  elif opened.source:
+    begun = initialize.initial_state(config, program, opened.source, mesh)
     state = begun.state
-    vocabulary = {'vocabulary': data_config.vocabulary}
+    vocabulary = {'vocabulary': opened.vocabulary}
     origin = {'initial_weights': begun.record | vocabulary}
   else:
     state = program.initial_state()
@@ -164,7 +236,7 @@ def start(
     operative_config=operative_config,
     command=command,
     details={
-      'data': data.fingerprint,
+      'data': opened.fingerprint,
       **describe_run(config, program.shapes, mesh),
       **origin,
     },
@@ -184,6 +256,7 @@ def start(
     rows=rows,
     train_step=program.step,
     evaluator=evaluate.Evaluator(config, data, mesh),
+    tasks=opened.tasks,
     best=best,
     alarms=alarms,
   )

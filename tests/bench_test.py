@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_bench import LAYER, results, small_size
+from small_bench import LAYER, STEP, results, small_size
 
 from st_moe import experts
 from st_moe.bench import forms, shares, timing
@@ -26,22 +26,6 @@ from st_moe.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
 
-STEP = [
-  '--gin_file=gin_configs/runs/quickstart.gin',
-  '--gin.BATCH_SIZE=8',
-  '--gin.ModelConfig.d_model=16',
-  '--gin.ModelConfig.d_ff=32',
-  '--gin.ModelConfig.d_kv=8',
-  '--gin.ModelConfig.num_heads=2',
-  '--gin.ModelConfig.num_experts=4',
-  '--gin.ModelConfig.num_encoder_layers=1',
-  '--gin.ModelConfig.num_decoder_layers=1',
-  '--gin.ModelConfig.sparse_every=1',
-  '--gin.ModelConfig.vocab_size=128',
-  '--gin.DataConfig.inputs_length=16',
-  '--gin.DataConfig.targets_length=8',
-  '--rounds=2',
-]
 CAPACITY_BACKENDS = [b for b in forms.BACKENDS if b not in forms.DROPLESS]
 
 

@@ -449,7 +449,7 @@ def test_config_diff_prints_what_differs(capsys):
     main(['config', 'diff', 'a.gin', 'a.gin', '--gin.RunConfig.seed=3']) == 0
   )
   assert capsys.readouterr().out == 'no difference\n'
-  argv = ['models/st_moe_l.gin', 'ablations/table17_multiplicative_bias.gin']
+  argv = ['models/st_moe_l.gin', 'ablations/bias/multiplicative.gin']
   assert main(['config', 'diff', *argv]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines == [

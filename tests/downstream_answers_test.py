@@ -11,16 +11,6 @@ CB = Example(
   choices=('entailment', 'contradiction', 'neutral'),
   label=2,
 )
-CB_SENTINELS = Example(
-  inputs='cb hypothesis: H premise: P <extra_id_0>',
-  targets='<extra_id_0> neutral',
-  choices=(
-    '<extra_id_0> entailment',
-    '<extra_id_0> contradiction',
-    '<extra_id_0> neutral',
-  ),
-  label=2,
-)
 
 
 @pytest.mark.parametrize(
@@ -38,16 +28,6 @@ CB_SENTINELS = Example(
 )
 def test_a_choice_is_the_text_exactly(text, answer):
   assert answers.choice(text, CB) == answer
-
-
-def test_a_sentinel_that_was_trained_does_not_count():
-  for text in ('<extra_id_0> neutral', '<extra_id_0>neutral', 'neutral'):
-    assert answers.choice(text, CB_SENTINELS) == 2
-  assert answers.choice('<extra_id_0>', CB_SENTINELS) == -1
-  assert answers.choice('neutral <extra_id_1>', CB_SENTINELS) == -1
-  free = Example(inputs='', targets='<extra_id_0> Paris', answers=('Paris',))
-  assert answers.free_text('<extra_id_0> Paris', free) == 'Paris'
-  assert answers.free_text('<extra_id_0>', free) == ''
 
 
 def test_free_text_is_stripped():

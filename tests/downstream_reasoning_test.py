@@ -152,7 +152,7 @@ def test_xsum_from_the_files_of_its_authors(tmp_path, caplog):
     UserError, match='bbc-summary-data/7.summary: the row has'
   ):
     load(other, 'xsum')
-  with pytest.raises(UserError, match='no example of xsum; is the file whole'):
+  with pytest.raises(UserError, match='no example of xsum; is it whole'):
     load(other, 'xsum', 'validation')
 
 

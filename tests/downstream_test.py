@@ -218,3 +218,19 @@ def test_the_published_files_have_their_numbers_of_examples():
     'cb': (250, 56), 'copa': (400, 100), 'multirc': (27243, 4848),
     'rte': (2490, 277), 'wic': (5428, 638), 'wsc': (259, 104),
   }  # fmt: skip
+
+
+def test_a_referent_is_written_as_in_its_text(tmp_path):
+  row = ROWS['WSC'] | {'text': 'The old cat bit Sue when she fell.'}
+  for referent, index, wanted in (
+    ('the old cat.', 0, 'The old cat'),
+    ('Old\ncat', 1, 'old cat'),
+    ('the dog', 0, 'the dog'),
+    ('Sue and the cat', 40, 'Sue and the cat'),
+  ):
+    target = row['target'] | {'span1_text': referent, 'span1_index': index}
+    write(tmp_path / str(index) / wanted, {'WSC': row | {'target': target}})
+    (example,) = load_examples(
+      'superglue.wsc', 'train', config(tmp_path / str(index) / wanted)
+    )
+    assert example.targets == wanted

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from made_models import write_run
+from small_job import Job, fail
 from tiny_model import tiny_config
 
 from st_moe.main import main
@@ -171,3 +173,38 @@ def test_a_row_without_a_number_cannot_be_submitted(
   assert main(command(model, files, f'--submission={out}')) == 2
   assert "superglue.cb: a row has no 'idx'" in capsys.readouterr().err
   assert not out.exists()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(model, files, tmp_path):
+  mesh = [f'--gin.MeshConfig.{k}' for k in ('data=2', 'expert=1', 'model=2')]
+  words = command(model, files, '--gin.METHOD=rank', *mesh)
+  found = []
+  for processes, devices in ((1, 4), (2, 2)):
+    out = tmp_path / str(processes)
+    ended = Job(
+      [*words, f'--output={out}'], processes=processes, devices=devices
+    ).succeed()
+    assert 'superglue.cb' in ended[0].out
+    assert all(one.out == '' for one in ended[1:])
+    found.append(
+      [[row['prediction'], row['score']]
+       for task in TASKS for row in read(out / f'{task}.jsonl')]
+    )  # fmt: skip
+  assert len(found[0]) == 5
+  assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_processes_refuse_different_files_together(model, files, tmp_path):
+  other = tmp_path / 'other'
+  shutil.copytree(files, other / 'files')
+  path = other / 'files' / 'CB' / 'val.jsonl'
+  path.write_text(path.read_text().replace('"p"', '"q"'))
+  lines = fail(
+    command(model, 'files', '--gin.MeshConfig.data=8'),
+    folders={0: files.parent, 1: other},
+  )
+  assert lines[0] == lines[1]
+  assert lines[0].startswith('error: process 1 has superglue.cb = ')
+  assert lines[0].endswith('give every process the same files')

@@ -25,6 +25,7 @@ from st_moe.evaluate.tasks import (
   make_result,
   named_tasks,
 )
+from st_moe.predictor import Predictor
 
 VOCABULARY = load_vocabulary('byte', extra_ids=100)
 MODEL = tiny_config(
@@ -173,6 +174,26 @@ def test_ranking_takes_the_likeliest_choice(files, alone):
     best = int(np.argmax(sums))
     assert result.answers[index] == best
     assert result.texts[index] == f'choice{best + 1}'
+
+
+def test_beams_are_searched_if_wanted(files, alone):
+  found = scores_of(config(files, tasks=CB, num_beams=3, length_penalty=0.5))
+  result = found.results[CB]
+  assert result.texts != alone['generate'].results[CB].texts
+  _, mesh = evaluator(config(files))
+  beams = Predictor(
+    MODEL,
+    place(params(), MODEL, mesh, ALONE),
+    mesh,
+    eos_id=1,
+    targets_length=15,
+    batch_size=5,
+    num_beams=3,
+    length_penalty=0.5,
+  )
+  inputs = [VOCABULARY.encode(one.inputs)[:23] for one in result.examples]
+  outputs = beams.generate([[*ids, 1] for ids in inputs])
+  assert result.texts == tuple(map(VOCABULARY.decode, outputs))
 
 
 def test_the_names_of_scores_are_known_before(files, alone):

@@ -25,7 +25,7 @@ from st_moe.config import (
   RunConfig,
 )
 from st_moe.optimizer import learning_rate_schedule
-from st_moe.train_step import loss_and_gradients, make_train_step
+from st_moe.train_step import loss_and_gradients, make_train_step, run_key
 
 LENGTH = 8
 END = 1
@@ -71,7 +71,8 @@ def start_training(config):
     make_train_step(config, run.optimizer, schedule),
     out_shardings=(run.shardings, None),
   )
-  return run.mesh, run.state, step
+  key = run_key(config.seed)
+  return run.mesh, run.state, functools.partial(step, run_key=key)
 
 
 @pytest.fixture(scope='module')

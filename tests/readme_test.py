@@ -44,6 +44,7 @@ SMALL = [
 SMALL_BENCH = {
   'layer': ['--tokens=64', '--d_model=16', '--d_ff=16', '--rounds=1'],
   'step': [*SMALL, '--gin.STEPS=100', '--rounds=1'],
+  'generate': [*SMALL, '--gin.STEPS=100', '--batch_size=8', '--rounds=1'],
   'peers': ['--tokens=64', '--d_model=16', '--d_ff=16', '--rounds=1'],
 }
 # The README's models are deeper and have 8 experts.
@@ -177,6 +178,10 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
     ]
     if argv[0] == 'pretrain':
       argv += small
+    if argv[0] == 'study' and argv[1] != 'list':
+      argv += [flag for flag in SMALL if 'experts' not in flag]
+      argv += ['--arm=none'] if '--dry_run' not in argv else []
+      argv.append('--seeds=1')
     if argv[0] == 'convert':
       argv += SMALL_CONVERSION.get(argv[1], [])
     if argv[0] == 'vocab':

@@ -1,5 +1,6 @@
 """Report: pictures that open, a page that says what the files say."""
 
+import base64
 import json
 import math
 import re
@@ -56,9 +57,12 @@ def test_a_finished_run_has_pictures_and_a_page(tmp_path):
   page = write_report(tmp_path)
   assert page == tmp_path / 'report' / 'index.html'
   text = page.read_text()
-  pictures = re.findall(r'<img src="([^"]+)"', text)
-  assert pictures == ['curves.png', 'expert_load.png', 'router.png']
-  for name in pictures:
+  pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', text)
+  assert len(pictures) == 3
+  for name, data in zip(
+    ['curves.png', 'expert_load.png', 'router.png'], pictures, strict=True
+  ):
+    assert (page.parent / name).read_bytes() == base64.b64decode(data)
     pixels = image.imread(page.parent / name)[..., :3]
     assert min(pixels.shape[:2]) > 200
     assert pixels.std() > 0.02
@@ -74,7 +78,7 @@ def test_a_finished_run_has_pictures_and_a_page(tmp_path):
   assert rows['parameters'] == 'total 1,234,567, expert 1,000,000'
   assert rows['model'] == 'd_model 64, num_experts 4'
   assert rows['command'] == 'st_moe pretrain --workdir=&lt;here&gt;'
-  assert 'http' not in text  # opens without a network
+  assert '://' not in text  # opens without a network
 
 
 def test_a_run_under_way_is_drawn_from_metrics_alone(tmp_path):

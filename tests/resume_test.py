@@ -218,7 +218,7 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best(
   out = capsys.readouterr().out
   why = 'eval/loss has not been better than 2.0000 at step 4 in 2 evaluations'
   assert f'stopped early, at step 8: {why}\n' in out
-  assert f'evaluate --workdir={tmp_path} --step=best\n' in out
+  assert f'evaluate --checkpoint={tmp_path} --step=best\n' in out
   assert json.loads((tmp_path / 'best.json').read_text()) == best
   summary = json.loads((tmp_path / 'summary.json').read_text())
   assert summary['step'] == 8

@@ -106,6 +106,7 @@ def test_an_installed_package_holds_every_module_and_gin_file(tmp_path):
   built = tmp_path / 'st_moe'
   for source, folder, pattern in (
     (ROOT / 'gin_configs', built / 'gin_configs', '*.gin'),
+    (ROOT / 'gin_configs', built / 'gin_configs', '*.toml'),
     (ROOT / 'st_moe', built, '*.py'),
   ):
     wanted = {path.relative_to(source) for path in source.rglob(pattern)}

@@ -1,4 +1,4 @@
-"""A tiny layer to be timed, shared by the tests of `st_moe bench`."""
+"""A tiny layer and a tiny run to be timed, for the tests of `st_moe bench`."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,23 @@ LAYER = [
   '--d_ff=32',
   '--experts=4',
   '--group_size=32',
+  '--rounds=2',
+]
+
+STEP = [
+  '--gin_file=gin_configs/runs/quickstart.gin',
+  '--gin.BATCH_SIZE=8',
+  '--gin.ModelConfig.d_model=16',
+  '--gin.ModelConfig.d_ff=32',
+  '--gin.ModelConfig.d_kv=8',
+  '--gin.ModelConfig.num_heads=2',
+  '--gin.ModelConfig.num_experts=4',
+  '--gin.ModelConfig.num_encoder_layers=1',
+  '--gin.ModelConfig.num_decoder_layers=1',
+  '--gin.ModelConfig.sparse_every=1',
+  '--gin.ModelConfig.vocab_size=128',
+  '--gin.DataConfig.inputs_length=16',
+  '--gin.DataConfig.targets_length=8',
   '--rounds=2',
 ]
 

@@ -21,6 +21,7 @@ from st_moe.arguments.running import (
   add_trace,
   add_vocab,
 )
+from st_moe.arguments.studying import add_study
 from st_moe.errors import UserError, did_you_mean
 
 __all__ = ['CHANGE_A_MODEL', 'MACROS', 'parse', 'parse_mesh']
@@ -54,6 +55,7 @@ def _make_parser() -> tuple[Parser, dict[str, Parser]]:
     'vocab': add_vocab(subparsers),
     'cache': add_cache(subparsers),
     'plan': add_plan(subparsers),
+    'study': add_study(subparsers),
     **add_bench(subparsers),
     **add_convert(subparsers),
   }

@@ -86,12 +86,15 @@ def add_bench(subparsers: Any) -> dict[str, Parser]:
   """Adds `bench` and its kinds; returns the parser of each by its words."""
   bench = subparsers.add_parser(
     'bench',
-    help='measure the sparse layer, the whole step, or other implementations',
+    help='measure the sparse layer, the whole step, generation, or other '
+    'implementations',
     description='Time against floors, in turns; `st_moe bench KIND --help`.',
     epilog='Example: st_moe bench layer --experts=8,64',
     allow_abbrev=False,
   )
-  kinds = bench.add_subparsers(metavar='layer|step|peers', required=True)
+  kinds = bench.add_subparsers(
+    metavar='layer|step|generate|peers', required=True
+  )
   layer = add_command(
     kinds,
     'layer',
@@ -109,13 +112,35 @@ def add_bench(subparsers: Any) -> dict[str, Parser]:
   step = add_command(kinds, 'step', 'the training step of a configuration', '')
   step.epilog = 'Example: st_moe bench step --gin_file=runs/quickstart.gin'
   step.add_argument('--rounds', type=int, default=10, help='steps timed (10)')
+  generate = add_command(
+    kinds, 'generate', 'generation with the model of a configuration', ''
+  )
+  generate.epilog = (
+    'Example: st_moe bench generate --gin_file=runs/quickstart.gin '
+    '--batch_size=1,32'
+  )
+  numbers = {'type': _sizes, 'action': 'extend', 'metavar': 'N[,N...]'}
+  generate.add_argument(
+    '--batch_size', **numbers, help='inputs at a time (default: 1,8,32)'
+  )
+  generate.add_argument(
+    '--num_beams', **numbers, help='1 is greedy (default: 1,4)'
+  )
+  generate.add_argument(
+    '--rounds', type=int, default=5, help='in which each runs once (5)'
+  )
   peers = add_command(
     kinds, 'peers', 'other implementations of the layer, in turns with ours', ''
   )
   peers.epilog = 'Example: st_moe bench peers --experts=16 --group_size=1024'
   for command in (layer, peers):
     _add_layer_sizes(command)
-  by_kind = {'layer': layer, 'step': step, 'peers': peers}
+  by_kind = {
+    'layer': layer,
+    'step': step,
+    'generate': generate,
+    'peers': peers,
+  }
   for kind, command in by_kind.items():
     command.set_defaults(command='bench', kind=kind)
     command.add_argument(

@@ -1,11 +1,16 @@
-"""The door of `st_moe bench`: layer, step or peers."""
+"""The door of `st_moe bench`: layer, step, generate or peers."""
 
 import argparse
 
-from st_moe.bench import layer, peers, step
+from st_moe.bench import generate, layer, peers, step
 from st_moe.config import RunConfig
 
-_KINDS = {'layer': layer.run, 'step': step.run, 'peers': peers.run}
+_KINDS = {
+  'layer': layer.run,
+  'step': step.run,
+  'generate': generate.run,
+  'peers': peers.run,
+}
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """The pictures of `st_moe bench`, in the colours of report.py."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,6 +143,42 @@ def _shares(axes: Axes, shares: dict[str, float], colour: str) -> None:
   axes.margins(x=0.12)
   axes.set_xlim(left=0)
   axes.invert_yaxis()
+
+
+def draw_generation(measured: Sequence[Any]) -> Figure:
+  """Tokens a second by the number of inputs, a line for each method.
+
+  Args:
+    measured: `generate.Measured`s.
+  """
+  figure = Figure(figsize=(7, 4.2), layout='constrained')
+  axes = figure.subplots()
+  _prepare(axes, 'Generation', 'inputs at a time')
+  axes.set_ylabel('tokens a second', fontsize=9)
+  axes.grid(color='#e4e4e4', linewidth=0.8)
+  methods: dict[int, list[Any]] = {}
+  for one in sorted(measured, key=lambda one: one.form.batch_size):
+    methods.setdefault(one.form.num_beams, []).append(one)
+  for (beams, line), colour in zip(
+    methods.items(), itertools.cycle(_COLOURS), strict=False
+  ):
+    speeds = [one.tokens_per_second for one in line]
+    middle = [speed.median for speed in speeds]
+    axes.errorbar(
+      [one.form.batch_size for one in line], middle,
+      yerr=[
+        [speed.median - speed.low for speed in speeds],
+        [speed.high - speed.median for speed in speeds],
+      ],
+      marker='o', color=colour, capsize=3,
+      label='greedy' if beams == 1 else f'{beams} beams',
+    )  # fmt: skip
+  sizes = sorted({one.form.batch_size for one in measured})
+  axes.set_xscale('log', base=2)
+  axes.set_xticks(sizes, list(map(str, sizes)))
+  axes.set_ylim(bottom=0)
+  axes.legend(fontsize=8, frameon=False)
+  return figure
 
 
 def _size_label(size: Any) -> str:

@@ -23,7 +23,7 @@ def open_output(path: str | None, kind: str) -> Path:
 
   Args:
     path: as given; None: runs/bench/KIND.
-    kind: 'layer', 'step' or 'peers'.
+    kind: 'layer', 'step', 'generate' or 'peers'.
 
   Raises:
     UserError: when it cannot be made or written to.
@@ -92,7 +92,7 @@ class Output:
 
     Args:
       folder: from `open_output`.
-      kind: 'layer', 'step' or 'peers'.
+      kind: 'layer', 'step', 'generate' or 'peers'.
       command: what the user typed after the program's name.
     """
     self.folder = folder

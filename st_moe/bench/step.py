@@ -63,6 +63,7 @@ class TrainStep:
     with partitioning.use_mesh(self.mesh, config.mesh):
       self.compiled = program.traced.lower().compile()
     self.compile_seconds = time.perf_counter() - begin
+    self._key = program.key
     self.counts = parameter_counts(program.shapes)
     self._state = program.initial_state()
     self._batches = [
@@ -77,7 +78,7 @@ class TrainStep:
     """Takes one step."""
     batch = self._batches[self._taken % _BATCHES]
     wall, cpu = time.perf_counter(), time.process_time()
-    self._state, self._result = self.compiled(self._state, batch)
+    self._state, self._result = self.compiled(self._state, batch, self._key)
     jax.block_until_ready((self._state, self._result))
     self._taken += 1
     return Sample(time.perf_counter() - wall, time.process_time() - cpu)

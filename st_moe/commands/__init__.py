@@ -7,7 +7,7 @@ so that a wrong word is answered at once.
 import argparse
 from collections.abc import Callable
 
-from st_moe.commands import models, settings, texts, training
+from st_moe.commands import models, settings, studies, texts, training
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'pretrain': training.pretrain,
@@ -20,5 +20,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
   'bench': models.bench,
   'plan': models.plan,
   'trace': models.trace,
+  'study': studies.study,
   'convert': models.convert,
 }

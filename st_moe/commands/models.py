@@ -11,6 +11,7 @@ from st_moe.bindings import Binding
 from st_moe.commands import starting
 from st_moe.config import RunConfig
 from st_moe.errors import UserError
+from st_moe.model_gin import gin_file_of
 from st_moe.workdir import CONFIG_FILE, MODEL_FILE
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def _of_a_model(
     of_text: the command reads text; TASK and the other macros of
       runs/evaluate.gin may name it without that file.
   """
-  found = starting.gin_file_of(path)
+  found = gin_file_of(path)
   if found is None:
     raise UserError(
       f'{path} holds no model: it has no {CONFIG_FILE} and no {MODEL_FILE}; '
@@ -92,6 +93,8 @@ def predict(args: argparse.Namespace) -> None:
   """Answers lines of text."""
   starting.connect(args, stop_signals=False)
   _check_decoding(args)
+  if processes.is_leader():
+    _check_files(args)
   checkpoint = _directory(args.checkpoint)
   flags = []
   if args.max_new_tokens is not None:
@@ -106,13 +109,6 @@ def predict(args: argparse.Namespace) -> None:
   log.info('loading JAX')
   from st_moe import decoding, predict
 
-  texts = predict.Texts(
-    args.prompt,
-    None if args.input is None else Path(args.input),
-    None if args.output is None else Path(args.output),
-  )
-  if processes.is_leader():
-    texts.check()
   temperature = args.temperature
   if temperature is None:  # top_k and top_p say that tokens are drawn
     draws = args.top_k is not None or args.top_p is not None
@@ -120,13 +116,32 @@ def predict(args: argparse.Namespace) -> None:
   predict.predict(
     config,
     checkpoint,
-    texts,
+    predict.Texts(
+      args.prompt,
+      None if args.input is None else Path(args.input),
+      None if args.output is None else Path(args.output),
+    ),
     step=args.step,
     batch_size=args.batch_size,
     num_beams=args.num_beams,
     length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
     sampling=decoding.Sampling(temperature, args.top_k, args.top_p),
   )
+
+
+def _check_files(args: argparse.Namespace) -> None:
+  """Refuses files that cannot be read or written."""
+  if args.prompt is not None and args.input is not None:
+    raise UserError('--prompt and --input both give text; choose one of them')
+  if args.input is not None and not Path(args.input).is_file():
+    raise UserError(f'--input={args.input}: there is no such file')
+  if args.output is None:
+    return
+  if Path(args.output).is_dir():
+    raise UserError(f'--output={args.output} is a folder; name a file')
+  folder = Path(args.output).absolute().parent
+  if not folder.is_dir():
+    raise UserError(f'--output={args.output}: there is no folder {folder}')
 
 
 def _check_decoding(args: argparse.Namespace) -> None:
@@ -192,10 +207,10 @@ def trace(args: argparse.Namespace) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-  """Measures a layer, a step or peers."""
-  if args.kind == 'step' and not args.gin_file:
+  """Measures a layer, a step, generation or peers."""
+  if args.kind in ('step', 'generate') and not args.gin_file:
     raise UserError(
-      'bench step needs --gin_file=FILE, for example '
+      f'bench {args.kind} needs --gin_file=FILE, for example '
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
   config = starting.configure(args, args.gin_file)

@@ -16,7 +16,6 @@ from st_moe.config import RunConfig
 from st_moe.errors import UserError
 from st_moe.gin_files import read_bindings
 from st_moe.plan.devices import NO_TPU
-from st_moe.workdir import CONFIG_FILE, MODEL_FILE
 
 
 def configure(
@@ -36,12 +35,6 @@ def configure(
       'before the run file; see `st_moe config list`'
     )
   return args.resolver.run_config()
-
-
-def gin_file_of(path: Path) -> Path | None:
-  """Returns the gin file of a model directory or of a run, if it is one."""
-  names = (path / MODEL_FILE, path / CONFIG_FILE)
-  return next((name for name in names if name.is_file()), None)
 
 
 def program() -> list[str]:

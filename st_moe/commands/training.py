@@ -5,12 +5,13 @@ import logging
 from pathlib import Path
 
 from st_moe import gin_files
-from st_moe.bindings import Binding, Resolver, flatten, operative_config
+from st_moe.bindings import Binding, Resolver, operative_config
 from st_moe.commands import starting
 from st_moe.config import RunConfig
 from st_moe.errors import UserError
-from st_moe.gin_files import load_config, read_bindings
-from st_moe.workdir import CONFIG_FILE, MODEL_FILE, check_path
+from st_moe.gin_files import read_bindings
+from st_moe.model_gin import model_bindings
+from st_moe.workdir import CONFIG_FILE, check_path
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def finetune(args: argparse.Namespace) -> None:
       '--gin_file=gin_configs/runs/finetune_sparse.gin; see `st_moe config '
       'list`'
     )
-  given = _bindings_of_model(Path(args.checkpoint))
+  given = model_bindings(Path(args.checkpoint))
   for name in args.gin_file:
     given += gin_files.read_file(gin_files.find(name))
   weights = Binding(
@@ -59,30 +60,6 @@ def finetune(args: argparse.Namespace) -> None:
   bindings = read_bindings([], flags, args.seed)
   args.resolver = Resolver(bindings)
   _train(args, args.resolver.run_config())
-
-
-def _bindings_of_model(path: Path) -> list[Binding]:
-  """Returns what the gin file beside given weights binds of the model."""
-  found = starting.gin_file_of(
-    path.parent if path.name == 'checkpoints' else path
-  )
-  if found is None:
-    raise UserError(
-      f'--checkpoint={path} holds no model: it has no {MODEL_FILE} and no '
-      f'{CONFIG_FILE}; give the work directory of a run, or a model that '
-      '`st_moe convert` made'
-    )
-  config = load_config([str(found)])
-  sections = [
-    'ModelConfig',
-    *(['RouterConfig'] * (config.model.num_experts > 0)),
-  ]
-  return [
-    Binding(name, value, str(found))
-    for name, value in flatten(config).items()
-    if name.rpartition('.')[0].rpartition('/')[2] in sections
-    or name == 'DataConfig.extra_ids'  # a part of the vocabulary
-  ]
 
 
 def _train(args: argparse.Namespace, config: RunConfig) -> None:

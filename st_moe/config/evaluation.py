@@ -18,11 +18,15 @@ class EvaluationConfig(Checked):
   # takes the likeliest of the choices that an example has; examples without
   # choices (WSC) are generated.
   method: Literal['generate', 'rank'] = 'generate'
+  # Of what is generated. 1: the likeliest token, again and again. Above: beam
+  # search, whose log-likelihoods are divided by length ** length_penalty.
+  num_beams: int = 1
+  length_penalty: float = 1.0
   batch_size: int | None = None  # None: RunConfig.batch_size
   max_examples: int | None = None  # of each task, its first; None: all
 
   def check(self) -> None:
-    self.require_positive('batch_size max_examples')
+    self.require_positive('num_beams batch_size max_examples')
 
   @property
   def task_names(self) -> tuple[str, ...]:

@@ -99,11 +99,13 @@ class DataConfig(Checked):
   # where given, these are read in the place of the tasks' sources.
   seqio_cache_dirs: tuple[str, ...] | str = ()
   # Tasks with answers ('superglue.cb'): the folder with the files that their
-  # authors publish.
+  # authors publish; None: `tfds_data_dir` has what tfds prepared.
   task_dir: str | None = None
   # A mixture of them takes each in proportion to its examples, counted up to
   # this many (paper, section 6.1); None: all of them (T5).
   max_examples_per_task: int | None = 65536
+  # Sentinels behind their inputs and before their targets (section 4.7).
+  insert_sentinels: int = 0
   train_split: str = 'train'
   eval_split: str = 'validation'
 
@@ -131,7 +133,12 @@ class DataConfig(Checked):
       'inputs_length targets_length mean_noise_span_length max_line_bytes '
       'auto_vocabulary_size max_examples_per_task'
     )
-    self.require_nonnegative('extra_ids')
+    self.require_nonnegative('extra_ids insert_sentinels')
+    self.require(
+      self.insert_sentinels <= self.extra_ids,
+      f'insert_sentinels is {self.insert_sentinels}, and there are '
+      f'{self.extra_ids} extra_ids',
+    )
     self.require(
       self.holdout_every >= 2,
       f'holdout_every must be >= 2, got {self.holdout_every}',

@@ -15,8 +15,9 @@ import tensorflow_datasets as tfds
 
 from st_moe.config import DataConfig
 from st_moe.data.downstream import catalog
-from st_moe.data.sources import SUFFIXES
-from st_moe.data.tasks import check_name, tfds_version
+from st_moe.data.prepared import tfds_version
+from st_moe.data.sources import C4_JSON_INSTEAD, SUFFIXES
+from st_moe.data.tasks import check_name
 from st_moe.errors import UserError
 
 _MC4_EXPONENT = 0.3
@@ -105,7 +106,7 @@ def _with_languages(
 
 def _mc4_parts(rate: float, config: DataConfig) -> list[Part]:
   """Returns every prepared language of mC4; the rates sum to `rate`."""
-  version = tfds_version('mc4', _MC4_DATASET, config)
+  version = tfds_version('mc4', _MC4_DATASET, config, C4_JSON_INSTEAD)
   builder = tfds.builder(
     f'{_MC4_DATASET}:{version}', data_dir=config.tfds_data_dir
   )

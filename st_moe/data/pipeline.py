@@ -4,12 +4,9 @@ Two roads behind it: seqio over raw text (streaming.py, needs TensorFlow), and
 a tokenized cache read by Grain (cache.py, does not). Neither knows of JAX.
 """
 
-import contextlib
 import importlib
-import logging
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +16,7 @@ import numpy as np
 from st_moe.config import DataConfig
 from st_moe.data import sources
 from st_moe.data.downstream import catalog
+from st_moe.data.tensorflow_loading import load_tensorflow
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
 
@@ -29,10 +27,6 @@ if TYPE_CHECKING:
 # decoder_input_tokens, decoder_target_tokens, decoder_loss_weights
 # [rows, targets_length]; packed rows also have *_segment_ids, *_positions.
 Batch = dict[str, np.ndarray]
-
-log = logging.getLogger(__name__)
-
-_NOTICES = (b'I0000 ', b'WARNING: All log messages before absl::Init', b'\n')
 
 
 class Batches(Protocol):
@@ -115,6 +109,12 @@ def open_data(
     UserError: unknown task; missing, empty or broken files; lengths, rates or
       vocabularies that do not go together.
   """
+  names = (part.partition(':')[0].strip() for part in config.task.split(','))
+  if config.insert_sentinels and not any(map(catalog.is_answer_task, names)):
+    raise UserError(
+      f'DataConfig.insert_sentinels is for tasks with answers; task '
+      f'{config.task!r} has none'
+    )
   if config.task == 'cache':
     from st_moe.data.cache import open_cache
 
@@ -127,7 +127,7 @@ def open_stream(
 ) -> 'StreamingData':
   """Opens a task over text; as `open_data`, and gives the raw documents."""
   _check_paths(config)
-  _load_tensorflow()
+  load_tensorflow()
   from st_moe.data import streaming
 
   return streaming.open_stream(config, seed=seed, cache_root=cache_root)
@@ -142,7 +142,7 @@ def import_tasks(module: str) -> None:
   Raises:
     UserError: there is no such module.
   """
-  _load_tensorflow()
+  load_tensorflow()
   if '' not in sys.path and os.getcwd() not in sys.path:
     sys.path.insert(0, os.getcwd())
   try:
@@ -153,14 +153,6 @@ def import_tasks(module: str) -> None:
     raise UserError(
       f'--module={module}: no such module in {os.getcwd()} or on PYTHONPATH'
     ) from None
-
-
-def _load_tensorflow() -> None:
-  """Imports TensorFlow and seqio, which takes seconds: says so."""
-  if 'seqio' not in sys.modules:
-    log.info('loading TensorFlow and seqio')
-  with _without_banners():
-    import seqio  # noqa: F401
 
 
 def _check_paths(config: DataConfig) -> None:
@@ -179,27 +171,3 @@ def _check_paths(config: DataConfig) -> None:
       sources.text_files(name, config)
   if config.vocabulary != 'auto':
     load_vocabulary(config.vocabulary, config.extra_ids)
-
-
-@contextlib.contextmanager
-def _without_banners() -> Iterator[None]:
-  """Keeps what TensorFlow prints while it loads off the terminal.
-
-  It writes to file descriptor 2 whatever its log level. Anything that is not
-  one of its notices is passed on.
-  """
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # and later ones
-  sys.stderr.flush()
-  terminal = os.dup(2)
-  with tempfile.TemporaryFile() as caught:
-    os.dup2(caught.fileno(), 2)
-    try:
-      yield
-    finally:
-      sys.stderr.flush()
-      os.dup2(terminal, 2)
-      os.close(terminal)
-      caught.seek(0)
-      for line in caught:
-        if not line.startswith(_NOTICES):
-          os.write(2, line)

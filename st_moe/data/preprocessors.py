@@ -11,7 +11,7 @@ Tokens are int32; the input of an objective is the feature 'targets', one
 tokenized document an example.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import seqio
 import tensorflow as tf
@@ -226,3 +226,32 @@ def spans_to_sentinels(
   begins = mask & ~before
   sentinels = vocab_size - tf.cumsum(tf.cast(begins, tokens.dtype))
   return tf.boolean_mask(tf.where(begins, sentinels, tokens), ~mask | begins)
+
+
+def insert_sentinels(
+  dataset: tf.data.Dataset,
+  sequence_length: Mapping[str, int],
+  output_features: Mapping[str, seqio.Feature],
+  *,
+  sentinels: Sequence[int],
+) -> tf.data.Dataset:
+  """Puts sentinels behind inputs and before targets (paper, section 4.7).
+
+  Args:
+    dataset: examples with int32 'inputs' and 'targets', without an end of
+      sequence.
+    sequence_length: inputs are cut so that sentinels and the end fit.
+    output_features: of the task; not looked at.
+    sentinels: their ids.
+  """
+  del output_features
+  ids = tf.constant(sentinels, tf.int32)
+  most = max(sequence_length['inputs'] - 1 - len(sentinels), 0)
+
+  def insert(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return example | {
+      'inputs': tf.concat([example['inputs'][:most], ids], 0),
+      'targets': tf.concat([ids, example['targets']], 0),
+    }
+
+  return dataset.map(insert, num_parallel_calls=tf.data.AUTOTUNE)

@@ -26,6 +26,8 @@ from st_moe.errors import UserError, did_you_mean
 
 BUILT_IN = ('c4', 'c4_json', 'docstrings', 'mc4', 'text')  # tasks over text
 MC4_PREFIX = 'mc4.'
+# What to do without tfds.
+C4_JSON_INSTEAD = "use task 'c4_json' with C4's json.gz shards"
 
 # Read from a folder, for each task; any other name must be given, or matched
 # by a glob.

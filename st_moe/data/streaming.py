@@ -60,7 +60,6 @@ def open_stream(
   config: DataConfig, *, seed: int, cache_root: Path | None
 ) -> 'StreamingData':
   """Opens a task or mixture; see `pipeline.open_data`."""
-  tf.config.set_visible_devices([], 'GPU')  # the accelerator is JAX's
   parts = parse(config)
   _check_objective(config, parts)
   corpora = {
@@ -115,7 +114,8 @@ def _tell_cuts(
   ):
     texts = {getattr(example, feature) for example in examples}
     ids = zip(texts, vocabulary.encode_batch(list(texts)), strict=True)
-    long = {text for text, tokens in ids if len(tokens) >= limit}  # and the end
+    most = limit - 1 - config.insert_sentinels  # and the end
+    long = {text for text, tokens in ids if len(tokens) > most}
     count = sum(getattr(example, feature) in long for example in examples)
     if count:
       log.warning(

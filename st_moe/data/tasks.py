@@ -10,6 +10,7 @@ by its own name.
 
 import dataclasses
 import functools
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -25,8 +26,9 @@ from st_moe.data.c4_json import JsonDocuments
 from st_moe.data.corpus import docstring_documents
 from st_moe.data.downstream import catalog
 from st_moe.data.downstream.example import Example
-from st_moe.data.files import file_sha256
+from st_moe.data.downstream.sentinels import sentinel_ids
 from st_moe.data.pieces import Pieces
+from st_moe.data.prepared import tfds_version
 from st_moe.data.readers import (
   ExampleSource,
   JsonSource,
@@ -143,6 +145,10 @@ def make_task(
       seqio.preprocessors.rekey, key_map={'targets': 'text'}
     )
     steps = [as_targets, *steps, _objective(config)]
+  elif ids := sentinel_ids(config, vocabulary):
+    steps.append(
+      functools.partial(preprocessors.insert_sentinels, sentinels=ids)
+    )
   feature = seqio.Feature(vocabulary.as_seqio(), add_eos=True)
   return seqio.Task(
     name.replace('-', '_'),  # mc4.bg-Latn is no name for seqio
@@ -173,13 +179,23 @@ def _answers(name: str, config: DataConfig) -> Corpus:
     name,
     *(f'{counts.get(s, 0):,}' for s in (config.train_split, config.eval_split)),
   )
-  hashes = {s: file_sha256(catalog.find_file(name, s, config)) for s in splits}
   return Corpus(
     source=ExampleSource({split: examples(split) for split in splits}),
     documents=lambda split: [example.inputs for example in examples(split)],
-    fingerprint={'sha256': hashes, 'examples': counts},
+    fingerprint={
+      'sha256': {split: _sha256(examples(split)) for split in splits},
+      'examples': counts,
+    },
     examples=examples,
   )
+
+
+def _sha256(examples: Iterable[Example]) -> str:
+  """Names examples by what they are, wherever they were read."""
+  digest = hashlib.sha256()
+  for example in examples:
+    digest.update(repr(example).encode(errors='replace'))
+  return digest.hexdigest()
 
 
 def _docstrings(config: DataConfig, cache_root: Path | None) -> Corpus:
@@ -262,25 +278,6 @@ def _c4_json(config: DataConfig) -> Corpus:
   )
 
 
-def tfds_version(name: str, dataset: str, config: DataConfig) -> str:
-  """Returns the newest prepared version of a tfds dataset, `3.0.1`.
-
-  Raises:
-    UserError: it is not in the tfds folder; nothing is downloaded.
-  """
-  root = config.tfds_data_dir or str(tfds.core.constants.DATA_DIR)
-  folder = f'{root.rstrip("/")}/{dataset}'
-  infos = tf.io.gfile.glob(f'{folder}/*/dataset_info.json')
-  versions = [info.split('/')[-2] for info in infos]
-  if not versions:
-    raise UserError(
-      f'task {name!r}: no prepared tfds dataset in {folder}; set '
-      "DataConfig.tfds_data_dir, or use task 'c4_json' with C4's json.gz "
-      'shards'
-    )
-  return str(max(tfds.core.Version(version) for version in versions))
-
-
 class TfdsDocuments(Pieces):
   """The texts of a prepared tfds split, file after file, each by its number.
 
@@ -326,7 +323,7 @@ class TfdsDocuments(Pieces):
 def _tfds(
   name: str, dataset: str, splits: dict[str, str], config: DataConfig
 ) -> Corpus:
-  version = tfds_version(name, dataset, config)
+  version = tfds_version(name, dataset, config, sources.C4_JSON_INSTEAD)
   source = seqio.TfdsDataSource(
     tfds_name=f'{dataset}:{version}',
     tfds_data_dir=config.tfds_data_dir,

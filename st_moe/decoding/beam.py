@@ -6,7 +6,8 @@ and compete by score with the finished ones that are there; the likeliest that
 do not end go on. With one end-of-sequence, 2 x num_beams leave enough of them.
 
 The rows of different inputs do not meet: each device chooses for its own. The
-cache of self-attention is put in the order of the sequences that go on.
+cache of self-attention is put in the order of the sequences that go on; keys
+and values of the encoded input are there once for all sequences of an input.
 """
 
 import functools
@@ -122,30 +123,6 @@ def _choose(
   )
 
 
-def _for_each_beam(x: jax.Array, num_beams: int, axis: int, names) -> jax.Array:
-  """Repeats every row of an axis, num_beams times each."""
-  shape = list(x.shape)
-  shape[axis] *= num_beams
-  x = jnp.expand_dims(x, axis + 1)
-  wide = [*x.shape[: axis + 1], num_beams, *x.shape[axis + 2 :]]
-  return partitioning.reshape(jnp.broadcast_to(x, wide), shape, names)
-
-
-def _beam_cache(
-  config: ModelConfig, cache: DecodeCache, num_beams: int
-) -> DecodeCache:
-  """Returns a cache in which every row stands num_beams times in a row."""
-  names, axis = _cache_axes(config), int(config.scan_layers)
-  return cache.replace(
-    encoded_segments=_for_each_beam(
-      cache.encoded_segments, num_beams, 0, ('batch', 'length')
-    ),
-    layers=jax.tree.map(
-      lambda x: _for_each_beam(x, num_beams, axis, names), cache.layers
-    ),
-  )
-
-
 def _cache_axes(config: ModelConfig) -> tuple[str, ...]:
   names = ('batch', 'length', 'heads', 'kv')
   return ('layers', *names) if config.scan_layers else names
@@ -233,7 +210,10 @@ def _search(
       params,
       cache,
       partitioning.reshape(last, (batch * num_beams,), ('batch',)),
-      _for_each_beam(beams.open, num_beams, 0, ('batch',)),
+      partitioning.reshape(
+        jnp.broadcast_to(beams.open[:, None], (batch, num_beams)),
+        *((batch * num_beams,), ('batch',)),
+      ),
     )
     own = [layer.self_attention for layer in cache.layers]
     own_axes = jax.tree.map(lambda _: _cache_axes(config), own)
@@ -264,7 +244,8 @@ def _search(
       jnp.any(encoder_input_tokens != PAD_ID, axis=1), 'batch'
     ),
   )
-  cache = init_cache(config, params, encoder_input_tokens, max_length)
-  cache = _beam_cache(config, cache, num_beams)
+  cache = init_cache(
+    config, params, encoder_input_tokens, max_length, rows=num_beams
+  )
   beams, _ = jax.lax.while_loop(unfinished, step, (start, cache))
   return beams.finished[:, 0]

@@ -3,8 +3,8 @@
 Two methods. 'generate' lets the model write and reads the answer from its
 text, as T5 does (paper, section 4). 'rank' takes the choice with the highest
 log-likelihood, summed over its tokens and its end-of-sequence; examples
-without choices are generated. Both are greedy, and dropless, so that an answer
-depends neither on the batch size nor on what stands beside it.
+without choices are generated. Both are deterministic, and dropless, so that an
+answer depends neither on the batch size nor on what stands beside it.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from st_moe.config import DataConfig, RunConfig
-from st_moe.data.downstream import catalog
+from st_moe.data.downstream import catalog, sentinels
 from st_moe.data.downstream.example import (
   INVALID,
   Answer,
@@ -185,6 +185,7 @@ class TaskEvaluator:
         'name tasks that have in EvaluationConfig.tasks'
       )
     self._config, self._vocabulary = config, vocabulary
+    self._sentinels = sentinels.sentinel_ids(config.data, vocabulary)
     self._mixtures = {}
     self._prepared: dict[str, _Prepared] = {}
     for name in names:
@@ -202,6 +203,8 @@ class TaskEvaluator:
       inputs_length=config.data.inputs_length,
       targets_length=config.data.targets_length,
       batch_size=config.evaluation.batch_size or config.batch_size,
+      num_beams=config.evaluation.num_beams,
+      length_penalty=config.evaluation.length_penalty,
     )
 
   @property
@@ -245,12 +248,15 @@ class TaskEvaluator:
       self._vocabulary,
     )  # fmt: skip
     most_in, most_out = data.inputs_length - 1, data.targets_length - 1
-    eos = self._vocabulary.eos_id
+    eos, put_in = self._vocabulary.eos_id, self._sentinels
     return _Prepared(
       task=task,
       examples=examples,
-      inputs=[[*ids[:most_in], eos] for ids in inputs],
-      choices=[[ids[:most_out] for ids in each] for each in choices],
+      inputs=[[*sentinels.behind(ids, put_in, most_in), eos] for ids in inputs],
+      choices=[
+        [sentinels.before(ids, put_in, most_out) for ids in each]
+        for each in choices
+      ],
       majority=majority(task, examples),
     )
 
@@ -277,7 +283,8 @@ class TaskEvaluator:
       progress=_Progress(f'{name}: generating', 'examples'),
     )
     for i, ids in zip(others, outputs, strict=True):
-      texts[i] = self._vocabulary.decode(ids)
+      answer = sentinels.without(ids, self._sentinels)
+      texts[i] = self._vocabulary.decode(answer)
     pairs = [(one.inputs[i], ids) for i in ranked for ids in one.choices[i]]
     found = iter(
       self._predictor.log_likelihoods(
@@ -348,7 +355,9 @@ def _tell_lengths(
 ) -> None:
   """Says how many examples there are, and what does not fit the lengths."""
   log.info('%s: %s examples', where, f'{len(examples):,}')
-  cut = sum(len(ids) >= data.inputs_length for ids in inputs)
+  most_in = data.inputs_length - 1 - data.insert_sentinels  # and the end
+  most_out = data.targets_length - 1 - data.insert_sentinels
+  cut = sum(len(ids) > most_in for ids in inputs)
   if cut:
     log.info(
       '%s: %s of the inputs are cut to %d tokens (DataConfig.inputs_length)',
@@ -361,7 +370,7 @@ def _tell_lengths(
     log.info('%s: %s have no label to score', where, f'{unlabelled:,}')
   targets = vocabulary.encode_batch([one.targets for one in examples])
   long = sum(
-    any(len(ids) >= data.targets_length for ids in each or [target])
+    any(len(ids) > most_out for ids in each or [target])
     for each, target in zip(choices, targets, strict=True)
   )
   if long:
@@ -383,7 +392,9 @@ class _Progress:
 
   def __call__(self, done: int, count: int) -> None:
     now = time.monotonic()
-    if done < count and now - self._last < _SECONDS_BETWEEN_LINES:
+    soon = now - self._last < _SECONDS_BETWEEN_LINES
+    # The end is told of what took long enough to be told of.
+    if soon and (done < count or self._last == self._begin):
       return
     self._last = now
     log.info(

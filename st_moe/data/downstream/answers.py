@@ -5,8 +5,6 @@ of a choice, -1 for a text that is none, or the text itself where an answer is
 free.
 """
 
-import re
-
 from st_moe.data.downstream.example import INVALID, Answer, Example
 
 # What T5's rule for WSC leaves out of a referent (t5/data/postprocessors.py).
@@ -19,36 +17,23 @@ _DETERMINERS = (
 # What a model writes where a passage does not answer the question (SQuAD v2).
 NO_ANSWER = 'unanswerable'
 
-_LEADING_SENTINELS = re.compile(r'\s*(<extra_id_\d+>\s*)+')
-
-
-def without_sentinels(text: str, example: Example) -> str:
-  """Returns a text without what stands before it in the example's targets.
-
-  Only where targets begin with sentinels (`DataConfig.insert_sentinels`);
-  elsewhere a sentinel in the text is an error of the model's.
-  """
-  found = _LEADING_SENTINELS.match(text)
-  if found and _LEADING_SENTINELS.match(example.targets):
-    text = text[found.end() :]
-  return text.strip()
-
 
 def choice(text: str, example: Example) -> Answer:
   """Returns the index of the choice that the text is, exactly; else -1."""
-  text = without_sentinels(text, example)
-  choices = [without_sentinels(one, example) for one in example.choices]
-  return choices.index(text) if text in choices else INVALID
+  text = text.strip()
+  return example.choices.index(text) if text in example.choices else INVALID
 
 
 def free_text(text: str, example: Example) -> Answer:
   """Returns the text, stripped."""
-  return without_sentinels(text, example)
+  del example
+  return text.strip()
 
 
 def no_answer_or_text(text: str, example: Example) -> Answer:
   """Returns the text, '' where it says that there is no answer (SQuAD v2)."""
-  text = without_sentinels(text, example)
+  del example
+  text = text.strip()
   return '' if text == NO_ANSWER else text
 
 
@@ -62,10 +47,10 @@ def wsc(text: str, example: Example) -> Answer:
     text: the model's.
     example: its targets are the candidate, whether it is right or not.
   """
-  found = _plain(without_sentinels(text, example))
+  found = _plain(text)
   if not found:
     return INVALID
-  referent = _plain(without_sentinels(example.targets, example))
+  referent = _plain(example.targets)
   if ("'" in found) != ("'" in referent):
     return 0
   found, referent = set(found.split(' ')), set(referent.split(' '))

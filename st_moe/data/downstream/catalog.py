@@ -1,8 +1,9 @@
-"""Tasks with answers by name, and reading their examples from files.
+"""Tasks with answers by name, and reading their examples.
 
 `DataConfig.task_dir` is the folder in which the published archives were
 unpacked: the files of CB are `CB/train.jsonl` and `CB/val.jsonl` there, or in
-the folder `superglue` within it; or it is the folder `CB` itself.
+the folder `superglue` within it; or it is the folder `CB` itself. Without it
+rows are read from `DataConfig.tfds_data_dir`, where tfds has prepared them.
 """
 
 import functools
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from st_moe.config import DataConfig
+from st_moe.data import prepared
 from st_moe.data.downstream import (
   glue,
   pronouns,
@@ -19,6 +21,7 @@ from st_moe.data.downstream import (
   superglue,
 )
 from st_moe.data.downstream.example import AnswerTask, Example
+from st_moe.data.downstream.published import Rows
 from st_moe.data.sources import reading
 from st_moe.errors import UserError, did_you_mean
 
@@ -124,27 +127,17 @@ def find_file(name: str, split: str, config: DataConfig) -> Path:
     UserError: there is none, or no such split.
   """
   files = find_task(name).files
-  if split not in files.names:
-    raise UserError(
-      f'task {name!r} has no split {split!r} (it has '
-      f'{", ".join(files.names)}); set DataConfig.train_split and eval_split, '
-      'or EvaluationConfig.split'
-    )
-  wanted = f'{files.folders[0]}/{files.names[split][0]}'
-  if config.task_dir is None:
-    raise UserError(
-      f'task {name!r} needs DataConfig.task_dir, the folder with {wanted}'
-    )
-  root = Path(config.task_dir).expanduser()
+  _check_split(name, split)
+  root = Path(config.task_dir or '').expanduser()
   if not root.is_dir():
     raise UserError(f'DataConfig.task_dir: there is no folder {root}')
   benchmark = name.partition('.')[0]
   path = files.find(root, split) or files.find(root / benchmark, split)
   if path is None:
     raise UserError(
-      f'task {name!r}: there is no {wanted} in {root}, nor in its folder '
-      f'{benchmark}; unpack the published archive there, or set '
-      'DataConfig.task_dir'
+      f'task {name!r}: there is no {files.folders[0]}/{files.names[split][0]} '
+      f'in {root}, nor in its folder {benchmark}; unpack the published archive '
+      'there, or set DataConfig.task_dir'
     )
   return path
 
@@ -157,7 +150,8 @@ def load_examples(
   Args:
     name: of the task.
     split: 'train', 'validation' or 'test'.
-    config: says where the files are.
+    config: says where the files are; without `task_dir` the rows are tfds',
+      in `tfds_data_dir`.
     train: whether they are to be trained on: then a false WSC row gives none,
       ReCoRD one for each answer, and all must have labels. None: whether the
       split is the one to train on.
@@ -165,26 +159,75 @@ def load_examples(
   Raises:
     UserError: a missing file, a line that is no row of the task, no example.
   """
-  path = find_file(name, split, config).resolve()
-  with reading(path):
-    stat = path.stat()
   if train is None:
     train = split == config.train_split
-  version = (stat.st_size, stat.st_mtime_ns)
-  return _read(name, path, split, train, version)
+  if config.task_dir is not None:
+    path = find_file(name, split, config).resolve()
+    with reading(path):
+      stat = path.stat()
+    version = (stat.st_size, stat.st_mtime_ns)
+    return _read_file(name, path, split, train, version)
+  task = find_task(name)
+  _check_split(name, split)
+  wanted = f'{task.files.folders[0]}/{task.files.names[split][0]}'
+  if config.tfds_data_dir is None:
+    raise UserError(
+      f'task {name!r} needs DataConfig.task_dir, the folder with {wanted}, or '
+      f'DataConfig.tfds_data_dir with {task.prepared.dataset}'
+    )
+  version = prepared.tfds_version(
+    name,
+    task.prepared.dataset,
+    config,
+    f'DataConfig.task_dir to the folder with {wanted}',
+  )
+  return _read_tfds(name, config.tfds_data_dir, version, split, train)
+
+
+def _check_split(name: str, split: str) -> None:
+  has = find_task(name).files.names
+  if split not in has:
+    raise UserError(
+      f'task {name!r} has no split {split!r} (it has {", ".join(has)}); set '
+      'DataConfig.train_split and eval_split, or EvaluationConfig.split'
+    )
 
 
 @functools.lru_cache(maxsize=32)
-def _read(
+def _read_file(
   name: str, path: Path, split: str, train: bool, version: Any
 ) -> list[Example]:
   """Reads a file; `version` tells a changed file from the one before."""
   task = _TASKS[name]
+  return _examples(task, task.files.rows(path, split), train, str(path))
+
+
+@functools.lru_cache(maxsize=32)
+def _read_tfds(
+  name: str, root: str, version: str, split: str, train: bool
+) -> list[Example]:
+  """Reads what tfds prepared."""
+  task = _TASKS[name]
+  dataset = task.prepared.dataset
+  found = prepared.rows(
+    name,
+    dataset,
+    version,
+    task.prepared.splits.get(split, split),
+    DataConfig(tfds_data_dir=root),
+  )
+  rows = ((where, task.prepared.row(row)) for where, row in found)
+  return _examples(task, rows, train, f'{root}/{dataset}/{version}')
+
+
+def _examples(
+  task: AnswerTask, rows: Rows, train: bool, source: str
+) -> list[Example]:
   examples = [
     example
-    for where, row in task.files.rows(path, split)
+    for where, row in rows
     for example in task.examples(row, where, train)
   ]
   if not examples:
-    raise UserError(f'{path}: no example of {name}; is the file whole?')
+    raise UserError(f'{source}: no example of {task.name}; is it whole?')
   return examples

@@ -41,11 +41,27 @@ def _wsc(row: Mapping[str, Any], where: str, train: bool) -> list[Example]:
   label = label_index(row, BOOLS, where, required=train)
   if train and not label:
     return []
+  referent = _as_in_text(referent, row['text'], row['target'])
   place = min(places, key=lambda i: abs(i - at))
   rest = words[place][len(pronoun) :]
   words[place] = f'*{pronoun}* {rest}'.rstrip()
   inputs = ' '.join(['wsc:', *words])
   return [Example(inputs, referent, label=label, idx=row.get('idx'))]
+
+
+def _as_in_text(referent: str, text: str, target: Mapping[str, Any]) -> str:
+  """Returns a referent as its text has it, where that is easily found.
+
+  88 published ones begin with another capital than the text, end in a full
+  stop or hold a line break. tfds' `wsc.fixed`, which T5 reads, repairs them.
+  """
+  words, at = text.split(), target.get('span1_index')
+  if referent in text or not isinstance(at, int) or not 0 <= at < len(words):
+    return referent
+  first = referent[:1]
+  first = first.lower() if words[at][0].islower() else first.upper()
+  repaired = f'{first}{referent[1:]}'.rstrip('.').replace('\n', ' ')
+  return repaired if repaired in text else referent
 
 
 def _bare(word: str) -> str:

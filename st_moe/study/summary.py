@@ -1,0 +1,213 @@
+"""What the results of a study say, as plain values: report.json.
+
+Nothing here depends on how often the study was interrupted, on which machine a
+run was, or on the clock.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from st_moe.study import verdicts
+from st_moe.study.declaration import METRICS, Arm, Study
+from st_moe.study.results import CRITERION, Result
+
+
+def summarize(
+  study: Study, record: dict[str, Any], results: Sequence[Result]
+) -> dict[str, Any]:
+  """Returns the report of a study.
+
+  Args:
+    study: what is reported.
+    record: study.json: scale, flags, configurations of the arms.
+    results: all that there are; those of other configurations are left out,
+      and named in 'warnings'.
+  """
+  scale, known = record['scale'], record['arms']
+  study = study.with_arms(known)
+  mine = [r for r in results if known.get(r.arm) == r.configuration]
+  arms = [_arm(arm, scale, study, mine) for arm in study.arms_at(scale)]
+  return {
+    'study': study.name,
+    'title': study.title,
+    'paper': study.paper,
+    'setting': study.setting,
+    'scale': scale,
+    'command': record['command'],
+    'metric': {
+      'name': study.metric,
+      'label': METRICS[study.metric].label,
+      'digits': METRICS[study.metric].digits,
+    },
+    'reference': study.reference,
+    'seeds': sorted({result.seed for result in mine}),
+    'arms': arms,
+    'differences': _differences(study, scale, mine),
+    'claims': _claims(study, scale, mine),
+    'stability': CRITERION,
+    'confidence': verdicts.CONFIDENCE,
+    'notes': list(study.notes),
+    'warnings': _warnings(arms, mine, results),
+    'made_by': sorted(
+      {', '.join(f'{k} {v}' for k, v in r.made_by.items()) for r in mine}
+    ),
+  }
+
+
+def _values(
+  results: Sequence[Result], metric: str
+) -> dict[str, dict[int, float]]:
+  """Returns {arm: {seed: value}} of stable runs."""
+  key = METRICS[metric].key
+  found: dict[str, dict[int, float]] = {}
+  for result in results:
+    if result.stable and key in result.values:
+      found.setdefault(result.arm, {})[result.seed] = result.values[key]
+  return found
+
+
+def _stable(results: Sequence[Result]) -> dict[str, list[bool]]:
+  found: dict[str, list[bool]] = {}
+  for result in results:
+    found.setdefault(result.arm, []).append(result.stable)
+  return found
+
+
+def _arm(
+  arm: Arm, scale: str, study: Study, results: Sequence[Result]
+) -> dict[str, Any]:
+  """Returns a row of the table."""
+  own = [result for result in results if result.arm == arm.name]
+  values = _values(own, study.metric).get(arm.name, {})
+  interval = verdicts.mean_interval([*values.values()])
+  paper = arm.paper_at(scale)
+  return {
+    'name': arm.name,
+    'runs': len(own),
+    'stable_runs': sum(result.stable for result in own),
+    'unstable': {
+      str(result.seed): result.reason for result in own if not result.stable
+    },
+    'values': {str(seed): value for seed, value in values.items()},
+    'mean': interval.estimate,
+    'sd': float(np.std([*values.values()], ddof=1))
+    if len(values) > 1
+    else None,
+    'low': interval.low,
+    'high': interval.high,
+    'paper': {
+      'value': paper.value,
+      'sd': paper.sd,
+      'stable': paper.stable and list(paper.stable),
+    },
+    'curve': _curve(own),
+  }
+
+
+def _curve(results: Sequence[Result]) -> dict[str, list]:
+  """Returns the mean of the histories of all runs, stable or not."""
+  histories = [result.history for result in results]
+  if not histories:
+    return {}
+  steps = max((history['step'] for history in histories), key=len)
+  curve: dict[str, list] = {'step': list(steps)}
+  for name in ('cross_entropy', 'router_z_loss'):
+    curve[name] = []
+    for index in range(len(steps)):
+      at = [h[name][index] for h in histories if index < len(h[name])]
+      at = [value for value in at if value is not None]
+      curve[name].append(float(np.mean(at)) if at else None)
+  return curve
+
+
+def _differences(
+  study: Study, scale: str, results: Sequence[Result]
+) -> list[dict[str, Any]]:
+  """Returns each arm minus the reference."""
+  samples = _values(results, study.metric)
+  arms = {arm.name: arm for arm in study.arms_at(scale)}
+  if study.reference not in arms:
+    return []
+  rows = []
+  for name in arms:
+    if name == study.reference:
+      continue
+    weights = {name: 1.0, study.reference: -1.0}
+    interval = verdicts.contrast(weights, samples)
+    rows.append(
+      {
+        'arm': name,
+        'paper': _paper_contrast(study, scale, weights, study.metric),
+      }
+      | verdicts.as_json(interval)
+    )
+  return rows
+
+
+def _paper_contrast(
+  study: Study, scale: str, weights: dict[str, float], metric: str
+) -> float | None:
+  """Returns what the paper's own numbers give; None where one is missing."""
+  papers = {arm.name: arm.paper_at(scale) for arm in study.arms}
+  total = 0.0
+  for arm, weight in weights.items():
+    paper = papers[arm]
+    if metric == 'stable' and paper.stable:
+      total += weight * paper.stable[0] / paper.stable[1]
+    elif metric == study.metric and paper.value is not None:
+      total += weight * paper.value
+    else:
+      return None
+  return round(total, 6)
+
+
+def _claims(
+  study: Study, scale: str, results: Sequence[Result]
+) -> list[dict[str, Any]]:
+  rows = []
+  for claim in study.claims_at(scale):
+    if claim.metric == 'stable':
+      interval = verdicts.stability_contrast(claim.contrast, _stable(results))
+    else:
+      interval = verdicts.contrast(
+        claim.contrast, _values(results, claim.metric)
+      )
+    text = verdicts.verdict(interval, claim.expects, claim.margin)
+    rows.append(
+      {
+        'text': claim.text,
+        'contrast': dict(claim.contrast),
+        'metric': claim.metric,
+        'label': METRICS[claim.metric].label,
+        'digits': METRICS[claim.metric].digits,
+        'expects': claim.expects,
+        'margin': claim.margin,
+        'paper': _paper_contrast(study, scale, claim.contrast, claim.metric),
+        'verdict': text,
+        'why': verdicts.reason(interval, claim, text),
+      }
+      | verdicts.as_json(interval)
+    )
+  return rows
+
+
+def _warnings(
+  arms: Sequence[dict[str, Any]],
+  mine: Sequence[Result],
+  results: Sequence[Result],
+) -> list[str]:
+  found = []
+  if others := len(results) - len(mine):
+    found.append(f'{others} results are of another configuration: left out')
+  if len({result.data for result in mine}) > 1:
+    found.append(
+      'the runs did not all read the same data: arms may differ for that alone'
+    )
+  most = max((arm['runs'] for arm in arms), default=0)
+  missing = [arm['name'] for arm in arms if arm['runs'] < most]
+  if missing or not most:
+    names = ', '.join(missing or [arm['name'] for arm in arms])
+    found.append(f'not all runs are done; missing are some of {names}')
+  return found
