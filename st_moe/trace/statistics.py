@@ -20,8 +20,8 @@ from st_moe.trace.words import CLASSES, SPACE, classify
 
 # An expert is said to be one of a class whose share of the expert's tokens is
 # LIFT times its share of all, if it makes PART of them, or if the expert takes
-# HALF of that class. Table 13's were chosen by eye; these are ours.
-LIFT, PART, HALF = 2.0, 0.2, 0.5
+# TAKEN of that class. Table 13's were chosen by eye; these are ours.
+LIFT, PART, TAKEN = 2.0, 0.2, 0.3
 _ENOUGH = 20  # tokens of a class, and of an expert, before anything is said
 
 TYPICAL_TOKENS = 12  # of an expert
@@ -277,7 +277,7 @@ class _Typical:
       if name == 'other' or min(row.sum(), column.sum()) < _ENOUGH:
         continue
       share, taken = row[i] / row.sum(), row[i] / column.sum()
-      if self._lift(e, name) >= LIFT and (share >= PART or taken >= HALF):
+      if self._lift(e, name) >= LIFT and (share >= PART or taken >= TAKEN):
         found.append(name)
     return sorted(found, key=lambda name: -row[CLASSES.index(name)])
 

@@ -21,7 +21,7 @@ _PAGE = Path(__file__).with_name('page.html')
 RULE = {
   'lift': statistics.LIFT,
   'part': statistics.PART,
-  'half': statistics.HALF,
+  'taken': statistics.TAKEN,
 }
 
 # Table 14 of the paper: ST-MoE-L, 32 experts, six sparse layers a stack.
@@ -101,7 +101,7 @@ def markdown(trace: Mapping[str, Any]) -> str:
     '## What the words mean',
     'An expert is named for a class whose share of its first choices is at '
     f'least {RULE["lift"]:g} times that of all tokens, if the class makes '
-    f'{RULE["part"]:.0%} of the expert or the expert takes {RULE["half"]:.0%} '
+    f'{RULE["part"]:.0%} of the expert or the expert takes {RULE["taken"]:.0%} '
     'of the class. Classes are English word lists and rules of spelling '
     '(`st_moe/trace/words.py`). Typical tokens are ordered by their part of '
     "the divergence of the expert's tokens from all, count x ln(lift); the "
