@@ -116,6 +116,14 @@ def test_what_cannot_have_them_is_refused(tmp_path):
     DataConfig(insert_sentinels=3, extra_ids=2)
   with pytest.raises(UserError, match="is for tasks with answers; task 'docs"):
     open_data(DataConfig(insert_sentinels=1), seed=0, cache_root=tmp_path)
+  cache = DataConfig(task='cache', insert_sentinels=1)
+  with pytest.raises(UserError, match="answers; task 'cache' has none"):
+    open_data(cache, seed=0, cache_root=tmp_path)
+  misspelt = DataConfig(task='superglue_t', insert_sentinels=1)
+  with pytest.raises(
+    UserError, match='unknown task .superglue_t.; did you mean'
+  ):
+    open_data(misspelt, seed=0, cache_root=tmp_path)
 
 
 class Parrot:

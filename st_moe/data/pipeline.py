@@ -15,7 +15,7 @@ import numpy as np
 
 from st_moe.config import DataConfig
 from st_moe.data import sources
-from st_moe.data.downstream import catalog
+from st_moe.data.downstream import catalog, sentinels
 from st_moe.data.tensorflow_loading import load_tensorflow
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
@@ -109,13 +109,8 @@ def open_data(
     UserError: unknown task; missing, empty or broken files; lengths, rates or
       vocabularies that do not go together.
   """
-  names = (part.partition(':')[0].strip() for part in config.task.split(','))
-  if config.insert_sentinels and not any(map(catalog.is_answer_task, names)):
-    raise UserError(
-      f'DataConfig.insert_sentinels is for tasks with answers; task '
-      f'{config.task!r} has none'
-    )
   if config.task == 'cache':
+    sentinels.check(config, answers=False)
     from st_moe.data.cache import open_cache
 
     return open_cache(config, seed=seed)

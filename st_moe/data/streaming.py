@@ -22,6 +22,7 @@ import tensorflow as tf
 
 from st_moe.config import DataConfig
 from st_moe.data.corpus import short_sentences
+from st_moe.data.downstream import sentinels
 from st_moe.data.downstream.catalog import is_answer_task
 from st_moe.data.downstream.example import Example
 from st_moe.data.files import default_cache_root
@@ -133,6 +134,8 @@ def _tell_cuts(
 
 def _check_objective(config: DataConfig, parts: Sequence[Part]) -> None:
   """Refuses an objective that the task cannot have, and short lengths."""
+  with_answers = [is_answer_task(part.name) for part in parts]
+  sentinels.check(config, answers=any(with_answers))
   for part in parts:
     own = registered(part.name) is not None
     if not own and config.seqio_cache_dirs:
@@ -152,7 +155,7 @@ def _check_objective(config: DataConfig, parts: Sequence[Part]) -> None:
         f"DataConfig.objective = 'none' is for tasks registered with seqio; "
         f"{part.name!r} is plain text, use 'span_corruption' or 'prefix_lm'"
       )
-  if all(is_answer_task(part.name) for part in parts):
+  if all(with_answers):
     return
   check_lengths(
     config.objective,

@@ -11,6 +11,24 @@ from collections.abc import Sequence
 
 from st_moe.config import DataConfig
 from st_moe.data.vocabularies import Vocabulary
+from st_moe.errors import UserError
+
+
+def check(config: DataConfig, *, answers: bool) -> None:
+  """Refuses sentinels where there is nothing to put them before.
+
+  Args:
+    config: may ask for sentinels.
+    answers: whether any of its tasks has answers.
+
+  Raises:
+    UserError: none has.
+  """
+  if config.insert_sentinels and not answers:
+    raise UserError(
+      'DataConfig.insert_sentinels is for tasks with answers; task '
+      f'{config.task!r} has none'
+    )
 
 
 def sentinel_ids(config: DataConfig, vocabulary: Vocabulary) -> list[int]:
