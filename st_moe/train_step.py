@@ -220,10 +220,9 @@ class StepProgram:
   Attributes:
     config: the run.
     shapes: of the state.
-    step: jitted `(state, batch) -> (state, metrics)`; takes over the state's
+    jitted: `(state, batch, key) -> (state, metrics)`; takes over the state's
       memory.
-    traced: `(state, batch, key) -> (state, metrics)` on the shapes of a batch;
-      nothing is compiled yet.
+    traced: the same on the shapes of a batch; nothing is compiled yet.
     key: of the run, from `run_key`.
     optimizer: of the run.
     shardings: of the state.
@@ -231,7 +230,7 @@ class StepProgram:
 
   config: RunConfig
   shapes: AbstractState
-  step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Any]]
+  jitted: Callable[..., tuple[TrainState, Any]]
   traced: Any
   key: np.ndarray
   optimizer: optax.GradientTransformation
@@ -241,6 +240,12 @@ class StepProgram:
   def abstract(self) -> TrainState:
     """The state's shapes with their places on the mesh."""
     return self.shapes.with_shardings(self.shardings)
+
+  def step(
+    self, state: TrainState, batch: dict[str, jax.Array]
+  ) -> tuple[TrainState, Any]:
+    """Takes one step of the run."""
+    return self.jitted(state, batch, self.key)
 
   def initial_state(self) -> TrainState:
     """Returns the state at step 0, drawn from the run's seed."""
@@ -282,7 +287,7 @@ def step_program(config: RunConfig, mesh: Mesh) -> StepProgram:
   return StepProgram(
     config=config,
     shapes=shapes,
-    step=lambda state, batch: step(state, batch, key),
+    jitted=step,
     traced=traced,
     key=key,
     optimizer=optimizer,

@@ -119,9 +119,9 @@ def write_texts(folder: Path) -> None:
     ''.join(SENTENCE.format(i) + '\n' for i in range(400))
   )
   (folder / 'superglue' / 'CB').mkdir(parents=True)
-  (folder / 'superglue' / 'CB' / 'val.jsonl').write_text(
-    '{"premise": "p", "hypothesis": "h", "label": "neutral", "idx": 0}\n'
-  )
+  row = '{"premise": "p", "hypothesis": "h", "label": "neutral", "idx": 0}\n'
+  for name in ('train', 'val'):
+    (folder / 'superglue' / 'CB' / f'{name}.jsonl').write_text(row)
   shards = folder / 'c4' / 'en'
   shards.mkdir(parents=True)
   text = ''.join(f'{{"text": "{SENTENCE.format(i)}"}}\n' for i in range(200))
@@ -178,6 +178,8 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
     ]
     if argv[0] == 'pretrain':
       argv += small
+    if argv[0] == 'finetune':
+      argv += [flag for flag in small if 'Model' not in flag]
     if argv[0] == 'study' and argv[1] != 'list':
       argv += [flag for flag in SMALL if 'experts' not in flag]
       argv += ['--arm=none'] if '--dry_run' not in argv else []

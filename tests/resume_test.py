@@ -128,7 +128,7 @@ def test_sigterm_saves_and_the_rest_of_the_run_is_bitwise_the_same(
   monkeypatch.undo()
   ((trainer, first),) = begun
   # Compiled once for all steps; the old state's memory went to the new one.
-  assert trainer.train_step._cache_size() == 1
+  assert trainer.train_step.__self__.jitted._cache_size() == 1
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
   steps = [json.loads(line)['step'] for line in loss_lines(tmp_path / 'whole')]
   assert steps == [4, 6, 8, 12, 12]
@@ -199,13 +199,13 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best(
   def watched(*args):
     program = train_step(*args)
 
-    def counted(state, batch):
+    def counted(state, batch, key):
       step[0] = int(state.step) + 1
       if step[0] in stop_at:
         os.kill(os.getpid(), signal.SIGTERM)
-      return program.step(state, batch)
+      return program.jitted(state, batch, key)
 
-    return dataclasses.replace(program, step=counted)
+    return dataclasses.replace(program, jitted=counted)
 
   monkeypatch.setattr(trainer_module, 'step_program', watched)
   monkeypatch.setattr(evaluate.Evaluator, 'losses', scripted)
