@@ -180,10 +180,9 @@ def test_every_st_moe_command_runs(tmp_path, monkeypatch):
       argv += small
     if argv[0] == 'finetune':
       argv += [flag for flag in small if 'Model' not in flag]
-    if argv[0] == 'study' and argv[1] != 'list':
+    if argv[0] == 'study' and '--workdir' in ' '.join(argv):
       argv += [flag for flag in SMALL if 'experts' not in flag]
-      argv += ['--arm=none'] if '--dry_run' not in argv else []
-      argv.append('--seeds=1')
+      argv += ['--arm=none', '--seeds=1']
     if argv[0] == 'convert':
       argv += SMALL_CONVERSION.get(argv[1], [])
     if argv[0] == 'vocab':
