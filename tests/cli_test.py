@@ -182,7 +182,7 @@ def test_sigterm_before_the_first_step_ends_with_0(tmp_path):
       ['pretrain', '--workdir=w', '--gin_file=runs/evaluate.gin'],
       'no model is configured; add --gin_file=gin_configs/models/NAME.gin',
     ),
-    (['bench'], 'required: layer|step|peers'),
+    (['bench'], 'required: layer|step|generate|peers'),
     (['bench', 'lair'], "invalid choice: 'lair' (choose from"),
     (
       ['bench', 'layer', '--exprts=8'],
