@@ -48,13 +48,14 @@ SCALES = {
     ('models/tiny.gin', 'runs/small.gin'),
     {
       'TASK': 'docstrings',
-      'STEPS': 400,
+      'STEPS': 300,
+      'RunConfig.eval_every': 300,
       'RunConfig.eval_batches': 50,
       'RunConfig.keep_last': 1,
       'RunConfig.keep_best': 0,
     }
     | _QUIET,
-    '2.9 million parameters, 400 steps of 2,048 encoder tokens of docstrings: '
+    '2.9 million parameters, 300 steps of 2,048 encoder tokens of docstrings: '
     'about a minute a run on two CPU cores',
   ),
   'small': Scale(
