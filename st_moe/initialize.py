@@ -2,7 +2,7 @@
 
 T5X's INITIAL_CHECKPOINT_PATH. Parameters go straight onto the mesh; a model
 stored written out starts a scanned run, and the other way round. The
-optimizer's state and the step are new, or carried on
+optimizer's state and the step are new, or carried on, or its state alone
 (`RunConfig.initial_optimizer`).
 """
 
@@ -23,6 +23,7 @@ from st_moe.data.vocabularies import load_vocabulary
 from st_moe.errors import UserError
 from st_moe.integrity import manifest_hash
 from st_moe.model_directory import FoundModel, find_model
+from st_moe.optimizer import at_step_0
 from st_moe.stacking import STACKS, stack_layers, unstack_layers
 from st_moe.train_state import TrainState, abstract_state, state_shardings
 from st_moe.train_step import StepProgram
@@ -69,7 +70,7 @@ def find_source(config: RunConfig) -> FoundModel | None:
     raise UserError(
       f'RunConfig.steps {config.steps} is reached: the weights of {path} are '
       f'from step {steps[-1]}, which is carried on; raise RunConfig.steps '
-      "above it, or set RunConfig.initial_optimizer = 'fresh'"
+      "above it, or set RunConfig.initial_optimizer = 'slots' or 'fresh'"
     )
   return find_model(path)
 
@@ -124,7 +125,7 @@ def initial_state(
   Raises:
     UserError: when shapes or the optimizer's state do not fit.
   """
-  carried = config.initial_optimizer == 'carried'
+  with_slots = config.initial_optimizer != 'fresh'
   scans: list[bool] = []
 
   def wanted(stored: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +134,7 @@ def initial_state(
     scans[:] = [scanned]
     abstract = _in_stored_form(config, program, scanned, mesh)
     trees_wanted = {'params': abstract.params}
-    if carried:
+    if with_slots:
       opt_state = abstract.opt_state
       if _optimizer_difference(stored, opt_state):
         # Weights that were trained as a whole have more: it is left out below.
@@ -147,7 +148,7 @@ def initial_state(
     Path(config.initial_checkpoint), config.initial_step, wanted
   )
   (scanned,) = scans
-  step = restored.step if carried else 0
+  step = restored.step if config.initial_optimizer == 'carried' else 0
   convert = None
   if scanned != config.model.scan_layers:
     convert = unstack_layers if scanned else stack_layers
@@ -239,6 +240,8 @@ def _assemble(
     else:  # of the trained parameters alone
       named = trees.by_name(opt_state)
       opt_state = trees.like(program.shapes.shapes.opt_state, named)
+      if not step:
+        opt_state = at_step_0(opt_state)
     zero = jnp.zeros([], jnp.int32)
     return TrainState(zero + step, params, opt_state, zero, zero)
 

@@ -181,7 +181,7 @@ def adafactor(
   config: OptimizerConfig,
   axes: Any,
   learning_rate: Callable[[jax.Array], jax.Array],
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Adafactor of Mesh TensorFlow (optimize.py, AdafactorOptimizer).
 
   With G a gradient, and means over the two largest dimensions of the
@@ -199,6 +199,11 @@ def adafactor(
     config: the settings.
     axes: tree of tuples of logical axis names, one per parameter.
     learning_rate: of the step, from 0.
+
+  Returns:
+    Its `update` may be given `step`, which the schedule sees in the place of
+    the statistics' own count of updates: theirs says how old they are, and a
+    run that goes on with another's begins its schedule anew.
   """
 
   def init(params):
@@ -207,12 +212,12 @@ def adafactor(
     )
     return AdafactorState(jnp.zeros([], jnp.int32), slots)
 
-  def update(grads, state, params=None):
+  def update(grads, state, params=None, *, step=None, **_):
     if params is None:
       raise ValueError(optax.NO_PARAMS_MSG)
     age = jnp.float32(state.count + 1)
     decay = 1.0 - age**-config.decay_rate  # 0 at first: nothing to forget
-    rate = learning_rate(state.count)
+    rate = learning_rate(state.count if step is None else step)
     leaves, tree = jax.tree.flatten(params)
     pairs = [
       _update_one(grad, slots, param, names, decay, rate, config)
@@ -228,7 +233,25 @@ def adafactor(
     slots = tree.unflatten([slots for _, slots in pairs])
     return steps, AdafactorState(state.count + 1, slots)
 
-  return optax.GradientTransformation(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def at_step_0(opt_state: Any) -> Any:
+  """Returns an optimizer's state whose schedule has not begun.
+
+  Statistics keep the count of updates that says how old they are. AdamW has a
+  second count, for its schedule alone; Adafactor's sees the `step` of `update`.
+  """
+
+  def is_schedule(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  def begin(node: Any) -> Any:
+    if not is_schedule(node):
+      return node
+    return node._replace(count=jnp.zeros_like(node.count))
+
+  return jax.tree.map(begin, opt_state, is_leaf=is_schedule)
 
 
 def _is_decayed(names: Sequence[str]) -> bool:
@@ -238,11 +261,12 @@ def _is_decayed(names: Sequence[str]) -> bool:
 
 def make_optimizer(
   config: OptimizerConfig, axes: Any, total_steps: int
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   """Returns the optimizer, its schedule inside.
 
   Its `init` takes all parameters; the state is that of the trained ones.
-  `update` takes gradients of these, and them, as `select` leaves them.
+  `update` takes gradients of these, and them, as `select` leaves them, and
+  `step`, the updates of this run so far.
 
   Args:
     config: the settings.
@@ -254,14 +278,14 @@ def make_optimizer(
   """
   mask = trainable_mask(axes, config.trainable)
   inner = _make_optimizer(config, select(axes, mask), total_steps)
-  return optax.GradientTransformation(
+  return optax.GradientTransformationExtraArgs(
     lambda params: inner.init(select(params, mask)), inner.update
   )
 
 
 def _make_optimizer(
   config: OptimizerConfig, axes: Any, total_steps: int
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
   schedule = learning_rate_schedule(config, total_steps)
   clip = optax.identity()
   if config.max_grad_norm is not None:

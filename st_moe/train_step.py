@@ -148,7 +148,7 @@ def loss_and_gradients(
 
 def make_train_step(
   config: RunConfig,
-  optimizer: optax.GradientTransformation,
+  optimizer: optax.GradientTransformationExtraArgs,
   schedule: Callable[[jax.Array], jax.Array],
   mask: Any = None,
 ) -> Callable[..., tuple[TrainState, Any]]:
@@ -169,7 +169,12 @@ def make_train_step(
     trained = select(state.params, mask)
     with jax.named_scope('optimizer'):
       gradient_norm = optax.tree.norm(gradients)
-      updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+      updates, opt_state = optimizer.update(
+        gradients,
+        state.opt_state,
+        trained,
+        step=state.step - state.skipped_steps,
+      )
       params = optax.apply_updates(trained, updates)
     finite = jnp.isfinite(result['loss']) & jnp.isfinite(gradient_norm)
 

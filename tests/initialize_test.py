@@ -93,11 +93,61 @@ def test_a_fresh_optimizer_begins_at_step_0(tmp_path):
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
+@pytest.mark.parametrize('name', ['adafactor', 'adamw'])
+def test_slots_go_on_in_a_run_and_a_schedule_that_begin(tmp_path, name):
+  optimizer = OptimizerConfig(
+    name=name, schedule='linear', learning_rate=0.1, warmup_steps=10,
+    min_dim_size_to_factor=8,
+  )  # fmt: skip
+  write_run(tmp_path, MODEL, optimizer, with_optimizer=True)
+  config = run_config(tmp_path, optimizer=optimizer, mesh=MeshConfig())
+  tokens = np.arange(8 * 12, dtype=np.int32).reshape(8, 12) % 200 + 3
+  batch = {
+    'encoder_input_tokens': tokens,
+    'decoder_input_tokens': tokens[:, :8],
+    'decoder_target_tokens': tokens[:, :8],
+    'decoder_loss_weights': np.ones((8, 8), np.int32),
+  }
+  stored = trees.by_name(read_item(tmp_path, 'opt_state'))
+  moved = {}
+  for choice in ('slots', 'carried'):
+    config = dataclasses.replace(config, initial_optimizer=choice)
+    begun = begin(config)
+    before = jax.tree.map(np.asarray, begun.state.params)
+    assert int(begun.state.step) == (0 if choice == 'slots' else 7)
+    for leaf, value in trees.by_name(begun.state.opt_state).items():
+      own = leaf.endswith('2/count')  # of AdamW's schedule
+      begins = own and choice == 'slots'
+      np.testing.assert_array_equal(value, 0 if begins else stored[leaf], leaf)
+    mesh = partitioning.make_mesh(config.mesh)
+    program = step_program(config, mesh)
+    with partitioning.use_mesh(mesh, config.mesh):
+      after, result = program.step(
+        begun.state, partitioning.shard_batch(batch, mesh)
+      )
+    moved[choice] = not jax.tree.all(
+      jax.tree.map(np.array_equal, before, after.params)
+    )
+    rate = 0.0 if choice == 'slots' else 0.07
+    np.testing.assert_allclose(result['learning_rate'], rate, rtol=1e-6)
+    counts = {
+      leaf: int(value)
+      for leaf, value in trees.by_name(after.opt_state).items()
+      if leaf.endswith('count')
+    }
+    assert counts.pop('1/count' if name == 'adafactor' else '1/0/count') == 8
+    assert set(counts.values()) <= {1 if choice == 'slots' else 8}
+  # The first rate of a warm-up is 0, that of its seventh step is not.
+  assert moved == {'slots': False, 'carried': True}
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
   write_run(tmp_path / 'bare', MODEL, OPTIMIZER)
   carried = {'initial_optimizer': 'carried'}
   with pytest.raises(UserError, match='holds no state of an optimizer; set'):
     begin(run_config(tmp_path / 'bare', **carried))
+  with pytest.raises(UserError, match='holds no state of an optimizer; set'):
+    begin(run_config(tmp_path / 'bare', initial_optimizer='slots'))
   with pytest.raises(UserError, match='steps 7 is reached: the weights of'):
     begin(run_config(tmp_path / 'bare', steps=7, **carried))
   with pytest.raises(UserError, match=r'initial_checkpoint: there is no ch'):

@@ -37,12 +37,13 @@ def weights(tmp_path_factory) -> dict[str, str]:
   return found
 
 
-def grid_of(name, scale='tiny', seeds=(0,), flags=FLAGS, weights=None):
+def grid_of(name, scale='tiny', seeds=(0,), flags=None, weights=None):
   study = declaration.find_study(name)
   if study.recipe == 'finetune':
-    settings = Settings(scale, (), TASKS.get(name, TASK), **weights)
+    given = TASKS.get(name, TASK) + (flags or ())
+    settings = Settings(scale, (), given, **weights)
   else:
-    settings = Settings(scale, (), flags)
+    settings = Settings(scale, (), FLAGS if flags is None else flags)
   return make_grid(study, settings, seeds)
 
 
@@ -114,11 +115,15 @@ def test_the_means_of_figure_6():
   }
 
 
-def test_runs_that_keep_the_slots_are_as_long_as_others(weights):
+def test_runs_that_carry_the_step_are_as_long_as_others(weights):
   runs = grid_of('finetune_batch_lr', weights=weights)
   steps = {run.config.initial_optimizer: run.config.steps for run in runs}
-  assert steps == {'carried': 207, 'fresh': 200}
-  assert {grid.steps_to_train(run.config) for run in runs} == {200}
+  assert steps == {'slots': 200, 'fresh': 200}
+  flag = parse_flag('RunConfig.initial_optimizer=carried')
+  carried = grid_of('finetune_capacity', flags=(flag,), weights=weights)
+  assert {run.config.steps for run in carried} == {207}
+  for run in runs + carried:
+    assert grid.steps_to_train(run.config) == 200
   sparse = [run for run in runs if run.config.model.num_experts]
   assert len(sparse) == len(runs) / 2 == 18
   batches = {run.name.split('_')[2]: run.config.batch_size for run in runs}

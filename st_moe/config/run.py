@@ -205,9 +205,10 @@ class RunConfig(Checked):
   initial_checkpoint: str | None = None
   # Which of its steps; None: the newest.
   initial_step: int | Literal['best'] | None = None
-  # 'fresh': a new optimizer and step 0. 'carried': the optimizer's state and
-  # the step of those weights go on, as in T5X.
-  initial_optimizer: Literal['fresh', 'carried'] = 'fresh'
+  # 'fresh': a new optimizer and step 0. 'slots': its statistics go on, with
+  # their own count of updates, in a run and a schedule that begin at step 0
+  # (Table 20). 'carried': they and the step of those weights go on, as in T5X.
+  initial_optimizer: Literal['fresh', 'slots', 'carried'] = 'fresh'
 
   log_every: int = 10  # steps
   eval_every: int = 1000
