@@ -1,8 +1,9 @@
 """`st_moe predict`: a line of text in, a line of text out.
 
-Lines are read in blocks, so that a file of any size and a pipe that is still
-being written to are answered as they come. An answer depends on its line, its
-number and the seed alone.
+Lines are read in blocks, so that files may be of any size. Of standard input a
+block is what is there: a line at a terminal and a pipe that is written to now
+and then are answered at once. An answer depends on its line, its number and the
+seed alone.
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import select
 import sys
 import tempfile
 import time
@@ -34,6 +36,8 @@ log = logging.getLogger(__name__)
 
 _BLOCK = 32  # batches of lines that are read before they are answered
 _SECONDS = 5.0  # between two lines of progress
+# Within this many seconds a writer that goes on has written more.
+_PAUSE = 0.05
 
 # Answers are lines: what would end one is written as in Python, and so is the
 # backslash.
@@ -55,21 +59,21 @@ class Texts:
   input: Path | None = None
   output: Path | None = None
 
-  def lines(self) -> Iterator[str]:
-    """Yields the inputs.
+  def blocks(self, size: int) -> Iterator[list[str]]:
+    """Yields the inputs in blocks of `size` at most.
 
     Raises:
       UserError: a line that is not UTF-8.
     """
     if self.prompt is not None:
-      yield self.prompt
+      yield [self.prompt]
     elif self.input is not None:
       with self.input.open('rb') as file:
-        yield from _decoded(file, str(self.input))
+        yield from _decoded(_blocks(file, size), str(self.input))
     else:
       if sys.stdin.isatty():
         log.info('reading lines from the terminal; Ctrl-D ends them')
-      yield from _decoded(sys.stdin.buffer, 'standard input')
+      yield from _decoded(_standard_input(size), 'standard input')
 
   @contextlib.contextmanager
   def writer(self) -> Iterator[Callable[[str], None]]:
@@ -91,17 +95,62 @@ class Texts:
       raise
 
 
-def _decoded(file: Iterable[bytes], name: str) -> Iterator[str]:
+def _blocks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+  items = iter(items)
+  while block := list(itertools.islice(items, size)):
+    yield block
+
+
+def _standard_input(size: int) -> Iterator[list[bytes]]:
+  try:
+    number = sys.stdin.buffer.fileno()
+  except OSError:  # not a file of the system's
+    return _blocks(sys.stdin.buffer, size)
+  return lines_at_hand(number, size)
+
+
+def lines_at_hand(number: int, size: int) -> Iterator[list[bytes]]:
+  """Yields the lines of a pipe or a terminal as they come.
+
+  Args:
+    number: of the open file; nothing else reads it.
+    size: lines of a block at most. It has fewer when no more follow at once.
+  """
+  lines: list[bytes] = []
+  rest = bytearray()  # of a line without its end
+  while True:
+    # For the first line it waits without end.
+    wait = _PAUSE if lines else None
+    if len(lines) < size and select.select([number], [], [], wait)[0]:
+      data = os.read(number, 1 << 16)
+      rest += data
+      if b'\n' in data:
+        *whole, end = bytes(rest).split(b'\n')
+        lines, rest = lines + whole, bytearray(end)
+      if not data:
+        break
+    else:
+      yield lines[:size]
+      lines = lines[size:]
+  yield from _blocks([*lines, bytes(rest)] if rest else lines, size)
+
+
+def _decoded(blocks: Iterable[list[bytes]], name: str) -> Iterator[list[str]]:
   """Yields lines without their ends; only a newline ends one."""
-  for number, line in enumerate(file, start=1):
-    try:
-      text = line.decode()
-    except UnicodeDecodeError as e:
-      raise UserError(
-        f'{name}, line {number}: not UTF-8 (byte {line[e.start]:#04x} at '
-        f'{e.start}); convert the text to UTF-8'
-      ) from e
-    yield text.removesuffix('\n').removesuffix('\r')
+  first = 1
+  for block in blocks:
+    texts = []
+    for number, line in enumerate(block, start=first):
+      try:
+        text = line.decode()
+      except UnicodeDecodeError as e:
+        raise UserError(
+          f'{name}, line {number}: not UTF-8 (byte {line[e.start]:#04x} at '
+          f'{e.start}); convert the text to UTF-8'
+        ) from e
+      texts.append(text.removesuffix('\n').removesuffix('\r'))
+    yield texts
+    first += len(block)
 
 
 def one_line(text: str) -> str:
@@ -231,10 +280,10 @@ def predict(
     seed=config.seed,
   )
   _warn_of_neighbours(config.model)
-  lines = texts.lines()
-  if processes.joined():  # the first process reads for all
-    lines = processes.from_leader(
-      list(lines) if processes.is_leader() else None
+  blocks = texts.blocks(_BLOCK * predictor.batch_size)
+  if processes.joined():  # the first process reads for all, to the end
+    blocks = processes.from_leader(
+      list(blocks) if processes.is_leader() else None
     )
   processes.settle()
   log.info('restoring')
@@ -246,8 +295,7 @@ def predict(
   log.info('answering with the checkpoint of step %d', restored.step)
   answers = _Answers(predictor, vocabulary, config.data.inputs_length)
   with _written(texts) as write:
-    lines = iter(lines)
-    while block := list(itertools.islice(lines, _BLOCK * predictor.batch_size)):
+    for block in blocks:
       for answer in answers(block):
         write(answer)
       sys.stdout.flush()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from tiny_model import ROUTER, tiny_config
 
 from st_moe.data.vocabularies import load_vocabulary
 from st_moe.main import main
-from st_moe.predict import one_line
+from st_moe.predict import lines_at_hand, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = ['a <extra_id_0> c', '', 'Bücher', 'the mill', 'the mill', 'x']
@@ -82,6 +83,57 @@ def test_a_pipe_a_file_and_a_prompt_are_answered_alike(run, predict, tmp_path):
   assert written.read_text().split('\n') == [*answers, '']
   assert sorted(tmp_path.iterdir()) == [written, texts]
   assert predict('', '--prompt=Bücher')[0] == [answers[2]]
+
+
+@pytest.mark.parametrize('kind', ['pipe', 'terminal'])
+def test_lines_are_answered_as_they_come(run, predict, kind):
+  texts = LINES if kind == 'pipe' else ['', 'the mill']
+  if kind == 'pipe':
+    reading, writing = os.pipe()
+  else:
+    writing, reading = os.openpty()
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'st_moe', 'predict', f'--checkpoint={run}', *SHORT],
+    stdin=reading,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    encoding='utf-8',
+    env=os.environ | {'PYTHONPATH': str(ROOT), 'JAX_NUM_CPU_DEVICES': '1'},
+  )
+  os.close(reading)
+  late = threading.Timer(120, process.kill)
+  late.start()
+  answers = []
+  for text in texts[:-1]:
+    os.write(writing, f'{text}\n'.encode())
+    answers.append(process.stdout.readline())  # before anything follows
+  # The last line has no end.
+  os.write(writing, texts[-1].encode())
+  if kind == 'terminal':
+    os.write(writing, b'\x04\x04')  # Ctrl-D
+  else:
+    os.close(writing)
+  out, err = process.communicate()
+  late.cancel()
+  assert process.returncode == 0, err
+  assert [*answers, out] == [f'{a}\n' for a in predict('\n'.join(texts))[0]]
+  assert ('Ctrl-D ends them' in err) == (kind == 'terminal')
+  if kind == 'terminal':
+    os.close(writing)
+
+
+def test_a_block_is_what_is_there():
+  reading, writing = os.pipe()
+  blocks = lines_at_hand(reading, 3)
+  os.write(writing, b'1\n\n3\n4\n5')
+  assert next(blocks) == [b'1', b'', b'3']  # no more than asked for
+  assert next(blocks) == [b'4']  # and nothing of a line without its end
+  more = threading.Timer(0.2, os.write, (writing, b'5\nlast'))
+  more.start()
+  assert next(blocks) == [b'55']
+  os.close(writing)
+  assert list(blocks) == [[b'last']]
+  os.close(reading)
 
 
 @pytest.mark.parametrize('flags', [['--temperature=1.5'], ['--num_beams=3']])
