@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from st_moe import partitioning, processes
 from st_moe.best import Step
@@ -246,6 +246,7 @@ def predict(
   batch_size: int,
   num_beams: int,
   length_penalty: float,
+  early_stopping: bool | Literal['never'],
   sampling: Sampling,
 ) -> None:
   """Answers texts, in their order.
@@ -257,7 +258,7 @@ def predict(
     texts: where they come from and where answers go.
     step: of the checkpoint: a number, 'best', or None for the newest.
     batch_size: lines computed together; changes no answer.
-    num_beams, length_penalty, sampling: see `Predictor`.
+    num_beams, length_penalty, early_stopping, sampling: see `Predictor`.
 
   Raises:
     UserError: no such checkpoint, or a line that cannot be read.
@@ -276,6 +277,7 @@ def predict(
     inputs_length=config.data.inputs_length,
     num_beams=num_beams,
     length_penalty=length_penalty,
+    early_stopping=early_stopping,
     sampling=sampling,
     seed=config.seed,
   )

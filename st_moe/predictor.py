@@ -10,7 +10,7 @@ whole group, as always; `group_size = None` keeps sequences apart.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,7 @@ class Predictor:
     inputs_length: int | None = None,
     num_beams: int = 1,
     length_penalty: float = 1.0,
+    early_stopping: bool | Literal['never'] = False,
     sampling: Sampling = GREEDY,
     seed: int = 0,
   ):
@@ -133,7 +134,8 @@ class Predictor:
       inputs_length: tokens of the longest input, end-of-sequence included;
         None: any.
       num_beams: of `generate`; 1 takes tokens one by one, as `sampling` says.
-      length_penalty: see `decoding.BeamSearch`; of several beams.
+      length_penalty, early_stopping: see `decoding.BeamSearch`; of several
+        beams.
       sampling: how tokens are chosen one by one; the likeliest by default.
       seed: of draws; those of an output depend on its input's number, too.
 
@@ -148,7 +150,7 @@ class Predictor:
     ):
       if value is not None and value < 1:
         raise UserError(f'{name} must be at least 1, got {value}')
-    search = BeamSearch(num_beams, length_penalty)
+    search = BeamSearch(num_beams, length_penalty, early_stopping)
     draws = sampling.temperature > 0
     if draws and num_beams > 1:
       raise UserError(

@@ -177,7 +177,8 @@ def test_ranking_takes_the_likeliest_choice(files, alone):
 
 
 def test_beams_are_searched_if_wanted(files, alone):
-  found = scores_of(config(files, tasks=CB, num_beams=3, length_penalty=0.5))
+  settings = {'num_beams': 3, 'length_penalty': 0.5, 'early_stopping': 'never'}
+  found = scores_of(config(files, tasks=CB, **settings))
   result = found.results[CB]
   assert result.texts != alone['generate'].results[CB].texts
   _, mesh = evaluator(config(files))
@@ -188,8 +189,7 @@ def test_beams_are_searched_if_wanted(files, alone):
     eos_id=1,
     targets_length=15,
     batch_size=5,
-    num_beams=3,
-    length_penalty=0.5,
+    **settings,
   )
   inputs = [VOCABULARY.encode(one.inputs)[:23] for one in result.examples]
   outputs = beams.generate([[*ids, 1] for ids in inputs])

@@ -150,6 +150,16 @@ def test_an_answer_depends_on_its_line_alone(predict, flags):
   assert predict('\n'.join(LINES), '--seed=1', *flags)[0] != many
 
 
+def test_a_search_ends_as_it_is_told(predict):
+  text = '\n'.join([*LINES, *'abcdefgh'])
+  flags = ['--num_beams=3', '--length_penalty=2', '--max_new_tokens=12']
+  first, soon = (
+    predict(text, *flags, *more)[0] for more in ([], ['--early_stopping=true'])
+  )
+  assert first == predict(text, *flags, '--early_stopping=false')[0]
+  assert first != soon
+
+
 def test_sentinels_are_read_and_written(predict, caplog):
   vocabulary = load_vocabulary('byte', 100)
   assert vocabulary.encode_prompt('a<extra_id_1>b<extra_id_100>') == [
@@ -204,6 +214,7 @@ def test_a_line_that_is_no_text_is_named(error, tmp_path):
     (['--top_p=0'], r'--top_p must be in \(0, 1\], got 0.0'),
     (['--top_k=385'], 'top_k 385 exceeds ModelConfig.vocab_size 384'),
     (['--length_penalty=2'], 'add --num_beams=N'),
+    (['--early_stopping=never'], 'add --num_beams=N'),
     (['--batch_size=0'], '--batch_size must be at least 1, got 0'),
     (['--max_new_tokens=0'], '--max_new_tokens must be at least 1, got 0'),
   ],

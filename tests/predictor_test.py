@@ -186,6 +186,29 @@ def test_beams_are_those_of_the_inputs_alone():
   assert found != make(2).generate(rows)
 
 
+def test_a_search_ends_as_it_is_told():
+  eos = 20  # which some beams reach early
+  outputs = {}
+  for stop in (False, True, 'never'):
+    beams = make(3, eos_id=eos, num_beams=2, early_stopping=stop)
+    padded = [[*row, *[0] * (32 - len(row))] for row in inputs()]
+    expected = decoding.generate(
+      CONFIG,
+      params(),
+      np.array(padded, np.int32),
+      max_length=6,
+      eos_id=eos,
+      method=decoding.BeamSearch(2, 1.0, stop),
+    )
+    outputs[stop] = beams.generate(inputs())
+    assert outputs[stop] == [
+      predictor._until(row, eos) for row in expected.tolist()
+    ]
+  assert outputs[True] != outputs[False]
+  default = make(3, eos_id=eos, num_beams=2)
+  assert default.generate(inputs()) == outputs[False]  # transformers' default
+
+
 def test_draws_depend_on_the_number_of_their_input_and_on_the_seed():
   rows = inputs((3, 16, 9, 5, 11))
   one, other = (

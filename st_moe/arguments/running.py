@@ -140,6 +140,12 @@ def add_predict(subparsers: Any) -> Parser:
     help='of beams: a text counts log-likelihood / tokens ** X (1.0)',
   )
   add(
+    '--early_stopping',
+    choices=('false', 'true', 'never'),
+    help='of beams: end when no unfinished text is better, as soon as N are '
+    'finished, or when none can become better (false)',
+  )
+  add(
     '--batch_size',
     type=int,
     default=32,

@@ -125,6 +125,9 @@ def predict(args: argparse.Namespace) -> None:
     batch_size=args.batch_size,
     num_beams=args.num_beams,
     length_penalty=1.0 if args.length_penalty is None else args.length_penalty,
+    early_stopping={'true': True, 'never': 'never'}.get(
+      args.early_stopping, False
+    ),
     sampling=decoding.Sampling(temperature, args.top_k, args.top_p),
   )
 
@@ -175,6 +178,11 @@ def _check_decoding(args: argparse.Namespace) -> None:
     raise UserError(
       f'--length_penalty={args.length_penalty} compares the texts of several '
       'beams; add --num_beams=N'
+    )
+  if args.early_stopping is not None and args.num_beams == 1:
+    raise UserError(
+      f'--early_stopping={args.early_stopping} says when a search with several '
+      'beams ends; add --num_beams=N'
     )
 
 

@@ -79,7 +79,7 @@ def check_same(args: argparse.Namespace, config: RunConfig) -> None:
   flags = (
     *('module', 'allow_config_change', 'step', 'num_processes'),
     *('batch_size', 'temperature', 'top_k', 'top_p', 'num_beams'),
-    'length_penalty',
+    *('length_penalty', 'early_stopping'),
   )
   processes.check_same(
     processes.software(), 'install the same packages for every process'

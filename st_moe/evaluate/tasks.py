@@ -205,6 +205,7 @@ class TaskEvaluator:
       batch_size=config.evaluation.batch_size or config.batch_size,
       num_beams=config.evaluation.num_beams,
       length_penalty=config.evaluation.length_penalty,
+      early_stopping=config.evaluation.early_stopping,
     )
 
   @property
