@@ -68,6 +68,7 @@ class BestStep:
   Attributes:
     metric: the score that decides; '': none does.
     patience: evaluations without a better one that end the run; None: never.
+    begin: step of the first evaluation that patience counts.
     step: of the best; None before there is one.
     value: its score.
     waited: evaluations since.
@@ -75,6 +76,7 @@ class BestStep:
 
   metric: str
   patience: int | None = None
+  begin: int = 0
   step: int | None = None
   value: float | None = None
   waited: int = 0
@@ -87,10 +89,10 @@ class BestStep:
     if self.step is not None:
       old = rank(self.metric, {self.metric: self.value}, self.step)
       if new <= old:
-        self.waited += 1
+        self.waited += step >= self.begin
         return False
     elif math.isinf(new[0]):
-      self.waited += 1
+      self.waited += step >= self.begin
       return False
     self.step, self.value, self.waited = step, float(scores[self.metric]), 0
     return True
@@ -117,11 +119,11 @@ class BestStep:
     """Returns what a checkpoint keeps, ready for JSON."""
     return self.record() | {'waited': self.waited}
 
-  def restore(self, state: Mapping[str, Any] | None) -> None:
-    """Goes on from `state()`, unless that was of another score."""
+  def restore(self, state: Mapping[str, Any] | None, step: int) -> None:
+    """Goes on from a step's `state()`, unless that was of another score."""
     if state and state['metric'] == self.metric:
       self.step, self.value = state['step'], state['value']
-      self.waited = state['waited']
+      self.waited = state['waited'] if step >= self.begin else 0
 
 
 def scores_of(checkpoint: Path) -> dict[str, float]:

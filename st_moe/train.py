@@ -91,7 +91,9 @@ def pretrain(
   directory = open_workdir(workdir)
   try:
     directory.check_configuration(config, allow=allow_config_change)
-    summary = directory.finished(config.steps, config.early_stopping)
+    summary = directory.finished(
+      config.steps, config.early_stopping, config.early_stopping_from
+    )
     if summary is not None:
       show_finished(summary, config, workdir, resume_command)
       return

@@ -159,7 +159,9 @@ class _Opened:
     names = [*evaluate.HELD_OUT_SCORES]
     names += self.tasks.score_names() if self.tasks else []
     return BestStep(
-      choose_metric(config.best_metric, names), config.early_stopping
+      choose_metric(config.best_metric, names),
+      config.early_stopping,
+      config.early_stopping_from,
     )
 
 
@@ -220,7 +222,7 @@ def start(
     restored = checkpointer.restore(None, program.abstract)
     state, rows = restored.state, list(restored.metadata['interval'])
     batches.set_state(restored.data_state)
-    best.restore(restored.metadata.get('best'))
+    best.restore(restored.metadata.get('best'), restored.step)
     alarms.restore(restored.metadata.get('health'))
     log.info('resumed at step %d', restored.step)
   elif opened.source:

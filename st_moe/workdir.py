@@ -170,7 +170,7 @@ class WorkDirectory:
     return self.path / 'summary.json'
 
   def finished(
-    self, steps: int, early_stopping: int | None = None
+    self, steps: int, patience: int | None = None, patience_from: int = 0
   ) -> dict[str, Any] | None:
     """Returns the summary of a run that has ended, or None.
 
@@ -178,13 +178,15 @@ class WorkDirectory:
 
     Args:
       steps: after which it ends.
-      early_stopping: its patience; a run that has stopped early with another
-        one goes on.
+      patience: RunConfig.early_stopping; a run that has stopped early with
+        another one goes on.
+      patience_from: RunConfig.early_stopping_from; one that has stopped before
+        goes on.
     """
-    return processes.from_leader(self._summary(steps, early_stopping))
+    return processes.from_leader(self._summary(steps, patience, patience_from))
 
   def _summary(
-    self, steps: int, early_stopping: int | None
+    self, steps: int, patience: int | None, patience_from: int
   ) -> dict[str, Any] | None:
     if self._lock is None:
       return None
@@ -193,7 +195,9 @@ class WorkDirectory:
     summary = read_json(self.summary_file)
     done = summary.get('step')
     early = summary.get('stopped_early', {}).get('early_stopping')
-    ended = done == steps or (early is not None and early == early_stopping)
+    ended = done == steps or (
+      early is not None and early == patience and done >= patience_from
+    )
     saved = self.checkpoints / str(done)
     return summary if ended and saved.exists() else None
 

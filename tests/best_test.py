@@ -41,7 +41,7 @@ def test_patience_ends_a_run_and_goes_on_from_a_checkpoint():
   run(best, [50.0, 40.0])
   assert not best.over
   again = BestStep('eval/score', patience=2)
-  again.restore(json.loads(json.dumps(best.state())))
+  again.restore(json.loads(json.dumps(best.state())), 20)
   assert not again.add(30, {'eval/score': 45.0})
   assert again.over
   assert again.why() == (
@@ -49,9 +49,31 @@ def test_patience_ends_a_run_and_goes_on_from_a_checkpoint():
   )
   # Another score begins anew; so does a checkpoint that knows of none.
   other = BestStep('eval/loss', patience=2)
-  other.restore(best.state())
-  other.restore(None)
+  other.restore(best.state(), 20)
+  other.restore(None, 20)
   assert other.state() == BestStep('eval/loss').state()
+
+
+def test_patience_counts_from_a_step():
+  best = BestStep('eval/score', patience=2, begin=40)
+  assert run(best, [0.0, 0.0, 0.0]) == [True, False, False]
+  assert best.waited == 0  # it may have been learning the form of answers
+  assert best.record() == {'metric': 'eval/score', 'step': 10, 'value': 0.0}
+  for step, waited in ((40, 1), (50, 2)):
+    assert not best.over
+    best.add(step, {'eval/score': 0.0})
+    assert best.waited == waited
+  assert best.over
+  # A run that goes on with a later beginning counts anew.
+  for begin, waited in ((50, 2), (60, 0)):
+    again = BestStep('eval/score', patience=2, begin=begin)
+    again.restore(best.state(), 50)
+    assert again.waited == waited
+  nothing = BestStep('eval/score', patience=1, begin=20)
+  run(nothing, [math.nan])
+  assert not nothing.over
+  nothing.add(20, {})
+  assert nothing.over
 
 
 def test_a_score_that_is_never_finite_ends_a_run_too():

@@ -59,15 +59,21 @@ def test_a_run_is_finished_when_it_did_all_its_steps(tmp_path):
 
 
 def test_a_run_that_stopped_early_is_finished(tmp_path):
-  def status(patience: int) -> int:
+  def status(patience: int, begin: int = 0) -> int:
     summary = {'step': 5, 'stopped_early': {'early_stopping': 3, 'why': ''}}
-    config = {'config': {'steps': 9, 'early_stopping': patience}}
+    config = {
+      'config': {
+        'steps': 9, 'early_stopping': patience, 'early_stopping_from': begin
+      }
+    }  # fmt: skip
     (tmp_path / 'summary.json').write_text(json.dumps(summary))
     (tmp_path / 'run.json').write_text(json.dumps(config))
     return run(SCRIPTS / 'run_finished', tmp_path).returncode
 
   assert status(patience=3) == 0
   assert status(patience=4) == 1  # to be trained on
+  assert status(patience=3, begin=5) == 0
+  assert status(patience=3, begin=6) == 1
 
 
 @pytest.mark.parametrize(

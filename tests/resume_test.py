@@ -236,8 +236,10 @@ def test_a_run_that_gets_no_better_stops_and_keeps_its_best(
   assert 'this run finished at step 8; to train on:' in out
   assert '--gin.RunConfig.early_stopping=None --allow_config_change' in out
   directory = WorkDirectory(tmp_path, True)
-  assert directory.finished(12, early_stopping=3) is None
-  assert directory.finished(12, early_stopping=2) == summary
+  assert directory.finished(12, patience=3) is None
+  assert directory.finished(12, patience=2) == summary
+  assert directory.finished(12, patience=2, patience_from=8) == summary
+  assert directory.finished(12, patience=2, patience_from=9) is None
 
 
 @pytest.mark.slow

@@ -223,6 +223,9 @@ class RunConfig(Checked):
   best_metric: str = 'auto'
   # The run ends after this many evaluations without a better one; None: never.
   early_stopping: int | None = None
+  # Evaluations before this step do not count as such (Keras' start_from_epoch):
+  # at first a model learns the form of answers, and scores stand still.
+  early_stopping_from: int = 0
   # A step whose loss or gradients are not finite changes nothing; after this
   # many in a row the run stops itself (exit status 3).
   max_nonfinite_steps: int = 10
@@ -238,12 +241,16 @@ class RunConfig(Checked):
       'checkpoint_every keep_last max_nonfinite_steps unigram_batches '
       'early_stopping'
     )
-    self.require_nonnegative('seed keep_best num_samples')
+    self.require_nonnegative('seed keep_best num_samples early_stopping_from')
     if self.initial_step != 'best':
       self.require_nonnegative('initial_step')
     self.require(
       self.early_stopping is None or self.best_metric != '',
       f'early_stopping {self.early_stopping} needs a best_metric to wait for',
+    )
+    self.require(
+      self.early_stopping is not None or not self.early_stopping_from,
+      f'early_stopping_from {self.early_stopping_from} needs early_stopping',
     )
     self.require(
       self.initial_checkpoint is not None
