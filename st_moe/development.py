@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from st_moe.best import ANSWERS_FOLDER
+from st_moe.data.downstream import catalog
 from st_moe.evaluate import outputs
 from st_moe.evaluate.tasks import TaskResult, TaskScores
 from st_moe.tables import print_table
@@ -44,18 +45,14 @@ def _means(scores: TaskScores) -> list[dict[str, Any]]:
   found = []
   for name, scalar in groups.items():
     value = scores.mean(members[name])
-    bars = [scores.results[task].majority for task in members[name]]
-    constant = None
-    if None not in bars:
-      constant = sum(bar.score for bar in bars) / len(bars)
     if value is not None:
       found.append(
         {
           'name': name,
           'scalar': scalar,
-          'tasks': len(bars),
+          'tasks': catalog.count_tasks(members[name]),
           'score': value,
-          'constant': constant,
+          'constant': scores.constant_mean(members[name]),
         }
       )
   return found

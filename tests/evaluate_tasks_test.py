@@ -8,17 +8,21 @@ import dataclasses
 import functools
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from tiny_model import apply, init_params, make_batch, place, tiny_config
 
-from st_moe import partitioning
+from st_moe import development, partitioning
 from st_moe.config import DataConfig, EvaluationConfig, MeshConfig, RunConfig
 from st_moe.data.downstream import catalog
+from st_moe.data.downstream.example import Example
+from st_moe.data.downstream.majority import Majority
 from st_moe.data.vocabularies import load_vocabulary
 from st_moe.errors import UserError
+from st_moe.evaluate import outputs
 from st_moe.evaluate.tasks import (
   TaskEvaluator,
   TaskScores,
@@ -246,6 +250,35 @@ def test_scalars_by_hand(files):
   assert [one.no_answers for one in (cb, wsc, multirc)] == [0, 1, 1]
   assert [cb.example_score(i) for i in range(3)] == [100.0, 0.0, 0.0]
   assert [wsc.example_score(i) for i in range(3)] == [100.0, 100.0, 0.0]
+
+
+def test_mnli_counts_once_in_means(capsys):
+  choices = ('entailment', 'neutral', 'contradiction')
+
+  def scored(name, right):
+    examples = [Example('x', 'neutral', choices=choices, label=1)] * 4
+    texts = ['neutral'] * right + ['entailment'] * (4 - right)
+    task = catalog.find_task(name)
+    bar = Majority(answer=1, metrics={'accuracy': 40.0}, score=10.0 * right)
+    return make_result(task, 'validation', examples, texts, majority=bar)
+
+  right = {'glue.mnli_matched': 4, 'glue.mnli_mismatched': 2, 'glue.qnli': 1}
+  names = tuple(right)
+  scores = TaskScores(
+    {name: scored(name, count) for name, count in right.items()},
+    {'glue': names},
+  )
+  found = scores.scalars()
+  assert found['eval/glue.mnli_mismatched/score'] == 50.0
+  # Of the constants, (40 + 20) / 2 and 10.
+  assert found['eval/glue/score'] == found['eval/score'] == (75 + 25) / 2
+  assert scores.constant_mean(names) == 20.0
+  assert development.lines(scores)[-1] == [
+    'glue:', 'mean of 2 tasks 50.00 (constant 20.00)'
+  ]  # fmt: skip
+  outputs.print_scores(scores, 5, Path('runs/a'))
+  (mean,) = re.findall(r'glue +mean of .*', capsys.readouterr().out)
+  assert mean.split() == ['glue', 'mean', 'of', '2', '50.00', '20.00']
 
 
 def test_examples_without_labels_are_answered_and_not_scored(files):

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from st_moe.data.downstream import submission
+from st_moe.data.downstream import catalog, submission
 from st_moe.data.downstream.example import Answer, Example
 from st_moe.errors import UserError
 from st_moe.evaluate.tasks import TaskResult, TaskScores
@@ -169,11 +169,7 @@ def _shown(answer: Answer, result: TaskResult) -> str:
 
 
 def _mean_row(name: str, scores: TaskScores, tasks: Sequence[str]) -> list[str]:
-  mean = scores.mean(tasks)
-  bars = [scores.results[task].majority for task in tasks]
-  constant = ''
-  if None not in bars:
-    constant = f'{sum(bar.score for bar in bars) / len(bars):.2f}'
-  shown = '' if mean is None else f'{mean:.2f}'
+  means = (scores.mean(tasks), scores.constant_mean(tasks))
+  shown = ['' if mean is None else f'{mean:.2f}' for mean in means]
   head = [name, *[''] * (len(_COLUMNS) - 1)]
-  return [*head, f'mean of {len(tasks)}', shown, constant, '']
+  return [*head, f'mean of {catalog.count_tasks(tasks)}', *shown, '']

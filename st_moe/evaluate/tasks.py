@@ -105,13 +105,14 @@ class TaskScores:
   def mean(self, names: Sequence[str]) -> float | None:
     """Returns the mean score of tasks; None if one of them has none.
 
-    SuperGLUE's rule: every task counts alike, and one with two metrics by
-    their mean.
+    By the rule of `catalog.mean_score`.
     """
-    scores = [self.results[name].score for name in names]
-    if None in scores or not scores:
-      return None
-    return float(np.mean(scores))
+    return _mean({name: self.results[name].score for name in names})
+
+  def constant_mean(self, names: Sequence[str]) -> float | None:
+    """Returns that of the best constant answers; None if one has none."""
+    bars = {name: self.results[name].majority for name in names}
+    return _mean({name: bar and bar.score for name, bar in bars.items()})
 
   def scalars(self) -> dict[str, float]:
     """Returns 'eval/TASK/METRIC', 'eval/TASK/score', 'eval/MIXTURE/score' and
@@ -125,6 +126,12 @@ class TaskScores:
       found[f'eval/{name}/score'] = self.mean(tasks)
     found['eval/score'] = self.mean(list(self.results))
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _mean(scores: dict[str, float | None]) -> float | None:
+  if None in scores.values() or not scores:
+    return None
+  return catalog.mean_score(scores)
 
 
 def named_tasks(config: RunConfig) -> tuple[str, ...]:

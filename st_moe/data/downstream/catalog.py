@@ -7,6 +7,7 @@ rows are read from `DataConfig.tfds_data_dir`, where tfds has prepared them.
 """
 
 import functools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ _MIXTURES = {
   'arc': tuple(task.name for task in reasoning.ARC),
 }
 _UNCAPPED = ('superglue_t5',)
+# What is scored as two tasks, and counts as one in means, as in GLUE's average.
+_COUNTED_AS = {
+  'glue.mnli_matched': 'glue.mnli',
+  'glue.mnli_mismatched': 'glue.mnli',
+}
 _SCORED_SPLIT = 'validation'
 
 
@@ -88,6 +94,27 @@ def expand(name: str) -> tuple[str, ...]:
   return tuple(
     task for task in members(name) if _SCORED_SPLIT in _TASKS[task].files.names
   )
+
+
+def mean_score(scores: Mapping[str, float]) -> float:
+  """Returns the mean over tasks, by the rule of GLUE and SuperGLUE.
+
+  Every task counts alike; both development sets of MNLI are one, with the mean
+  of their scores.
+
+  Args:
+    scores: by name of the task; one with two metrics has their mean.
+  """
+  tasks: dict[str, list[float]] = {}
+  for name, score in scores.items():
+    tasks.setdefault(_COUNTED_AS.get(name, name), []).append(score)
+  means = [sum(one) / len(one) for one in tasks.values()]
+  return sum(means) / len(means)
+
+
+def count_tasks(names: Iterable[str]) -> int:
+  """Returns how many tasks these are to `mean_score`."""
+  return len({_COUNTED_AS.get(name, name) for name in names})
 
 
 def is_capped(name: str) -> bool:
