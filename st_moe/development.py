@@ -130,8 +130,8 @@ def print_scores(scores: Mapping[str, Any]) -> None:
     rows.append([mean['name'], '', words, f'{mean["score"]:.2f}', constant])
   print_table(
     Console(highlight=False),
-    f'development scores at step {scores["step"]}, from 0 to 100, and those of '
-    'the best constant answer',
+    f'development scores at step {scores["step"]} and the best constant '
+    'answer, 0 to 100:',
     ['task', 'examples', 'metric', 'model', 'constant'],
     rows,
   )

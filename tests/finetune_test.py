@@ -96,6 +96,8 @@ def test_tasks_are_scored_while_a_model_is_tuned(tmp_path, cb, capsys):
   assert re.search('step 2/4' + line, out)
   assert re.search('step 4/4' + line, out)
   assert 'unigram' not in out
+  heading = re.search('^development scores at .*$', out, re.MULTILINE)[0]
+  assert heading.endswith('answer, 0 to 100:') and len(heading) < 80
 
   logged = [
     json.loads(row)
