@@ -133,6 +133,29 @@ def test_runs_that_carry_the_step_are_as_long_as_others(weights):
   assert {run.config.data.task_dir for run in runs} == {'files'}
 
 
+def test_table_7(weights):
+  from st_moe.study.summary import _paper_contrast
+
+  study = declaration.find_study('finetune_sentinels')
+  found = {
+    claim.text: round(_paper_contrast(study, 'l', claim.contrast, 'score'), 2)
+    for claim in study.claims
+  }
+  assert found == {
+    'Sentinels change nothing for the sparse model': 0.0,
+    'Sentinels change nothing for the dense model': 0.2,
+    'Sparse is better than dense': 1.6,
+  }
+  runs = grid_of('finetune_sentinels', weights=weights)
+  assert {
+    run.name: (run.config.data.insert_sentinels, run.config.model.num_experts)
+    for run in runs
+  } == {
+    'dense_plain': (0, 0), 'dense_sentinel': (1, 0),
+    'sparse_plain': (0, 32), 'sparse_sentinel': (1, 32),
+  }  # fmt: skip
+
+
 def test_arms_of_a_model_that_is_not_given_are_left_out(weights, capsys):
   argv = ['study', 'finetune_overfitting', '--dry_run', '--gin.TASK_DIR=files']
   argv.append(f'--checkpoint={weights["checkpoint"]}')
