@@ -212,6 +212,8 @@ class RunConfig(Checked):
 
   log_every: int = 10  # steps
   eval_every: int = 1000
+  # Held-out batches for losses, at most. Those of a mixture are drawn at its
+  # rates, and end where one task has no more; metrics count all examples.
   eval_batches: int = 20
   checkpoint_every: int = 1000
   keep_last: int = 2
