@@ -191,3 +191,33 @@ def test_what_does_not_fit_the_weights_is_refused(
   error = capsys.readouterr().err
   assert error.count('\n') == 1
   assert message in error
+
+
+def test_losses_capacity_and_dropout_are_flags(tmp_path, cb):
+  stacks = ('encoder', 'decoder')
+  fields = {
+    'balance_loss_weight': 0.0,
+    'z_loss_weight': 0.0,
+    'train_capacity_factor': 0.25,
+    'eval_capacity_factor': 3.0,
+  }
+  flags = [
+    f'--gin.{stack}/RouterConfig.{field}={value}'
+    for stack in stacks
+    for field, value in fields.items()
+  ]
+  flags += ['--gin.DROPOUT=0.3', '--gin.EXPERT_DROPOUT=0.2', '--gin.STEPS=2']
+  assert main(['finetune', *cb, *flags, '--gin.RunConfig.log_every=1']) == 0
+  run = tmp_path / 'run'
+  model = load_config([str(run / 'config.gin')]).model
+  assert model.dropout_rate == 0.3
+  for router in (model.encoder_router, model.decoder_router):
+    assert {name: getattr(router, name) for name in fields} == fields
+    assert router.expert_dropout_rate == 0.2
+  first = json.loads((run / 'metrics.jsonl').read_text().splitlines()[0])
+  assert (first['balance_loss'], first['router_z_loss']) == (0, 0)
+  assert first['router/encoder/1/balance_loss'] > 0  # measured all the same
+  # Without them what is left is the cross entropy, and the output's z-loss.
+  left = first['cross_entropy'] + first['output_z_loss']
+  assert first['loss'] == pytest.approx(left, rel=1e-6)
+  assert first['router/fraction_dropped'] > 0.2
