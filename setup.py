@@ -68,9 +68,11 @@ setup(
     'data': DATA,
     'tpu': ['jax[tpu]>=0.10'],
     'cuda': ['jax[cuda13]>=0.10'],
-    'hf': ['torch', 'transformers'],
+    # What `st_moe convert from-hf` compares with. Older versions drop no token
+    # of a Switch Transformer, or others (st_moe/convert/hf_reference.py).
+    'hf': ['torch', 'transformers>=5.18'],
     # What `st_moe bench peers` compares with; torch's CPU build is enough.
-    'peers': ['st-moe-pytorch', 'torch', 'transformers'],
+    'peers': ['st-moe-pytorch', 'torch', 'transformers>=5.18'],
     'test': ['pytest', 'pytest-xdist', 'pyyaml', 'ruff'],
   },
 )

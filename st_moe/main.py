@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise
     return _print_error(
       UserError(
-        f'{e.name} is not installed; pip install '
-        f"'st_moe[{_EXTRAS[e.name]}]', or train from a cache made elsewhere"
+        f"{e.name} is not installed; pip install -e '.[{_EXTRAS[e.name]}]' -c "
+        'constraints.txt in the checkout, or train from a cache made elsewhere'
       )
     )
   except RunStopped as e:

@@ -247,7 +247,7 @@ def test_a_missing_extra_is_named(monkeypatch, error):
   monkeypatch.setattr(st_moe, 'train', stub, raising=False)
   message = error('pretrain', '--gin_file=runs/quickstart.gin', '--workdir=w')
   assert message.startswith(
-    "seqio is not installed; pip install 'st_moe[data]'"
+    "seqio is not installed; pip install -e '.[data]' -c constraints.txt"
   )
 
 

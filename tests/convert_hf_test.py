@@ -14,7 +14,7 @@ from safetensors import numpy as safetensors_numpy
 from st_moe import partitioning, trees
 from st_moe.checkpoint import ArrayReader
 from st_moe.config import MeshConfig, ModelConfig, RouterConfig
-from st_moe.convert import from_hf
+from st_moe.convert import from_hf, hf_reference
 from st_moe.convert.own_models import open_model
 from st_moe.decoding import generate
 from st_moe.main import main
@@ -212,7 +212,7 @@ def test_the_fixed_batch_is_run_and_recorded(tmp_path, caplog):
     )  # fmt: skip
     text = caplog.text
     assert '109 tensors used, 0 passed over, 93 parameters filled' in text
-    assert f'--gin.RunConfig.initial_checkpoint={out}' in text
+    assert f'--gin.INITIAL_CHECKPOINT={out} --gin.VOCABULARY=VOCABULARY' in text
     record = json.loads((out / 'model.json').read_text())['fixed_batch']
     for name in ('no capacity', 'capacity 4'):
       if 'reference' not in record:  # torch and transformers are here
@@ -220,6 +220,15 @@ def test_the_fixed_batch_is_run_and_recorded(tmp_path, caplog):
         assert record[name]['encoded'] < TOLERANCE
       else:
         assert record[name]['largest_logit'] > 0.1
+
+
+def test_transformers_is_left_out_where_memory_is_short(monkeypatch):
+  maker()
+  monkeypatch.setattr(hf_reference, '_available', lambda: 10**9)
+  assert hf_reference.why_absent(0) is None
+  assert hf_reference.why_absent(1 << 30) == (
+    'transformers needs 1.6 GB of memory, and 1 GB are free'
+  )
 
 
 def test_a_full_model_is_exported_with_our_names(tmp_path, caplog):

@@ -158,7 +158,7 @@ def test_the_fixed_batch_and_what_is_printed(upcycle, capsys):
   assert 'encoder: layers [1] of' in out
   assert 'the dense function is kept wherever a token is not dropped' in out
   assert '52 tensors used, 0 passed over, 54 parameters filled' in out
-  assert 'written, step 7, optimizer fresh; train on with:' in out
+  assert 'written, step 7, optimizer fresh; train it further' in out
   record = json.loads((output / 'model.json').read_text())
   seen = record['fixed_batch']
   assert seen['loss'] == pytest.approx(seen['source_loss'], abs=1e-4)

@@ -4,7 +4,7 @@ import argparse
 import collections
 import dataclasses
 import logging
-import shlex
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from st_moe.convert.writing import (
   abstract_params,
   load_params,
   mesh_config,
+  next_step,
   parameter_shapes,
   write_model,
 )
@@ -139,8 +140,8 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
   log.info('wrote %s: %s', output, _size(conversion))
   if not vocabulary.is_file():
     log.warning(
-      '%s has no %s, so %s has no vocabulary; name one with '
-      'DataConfig.vocabulary',
+      '%s has no %s, so %s has no vocabulary: put that file of the same '
+      'model there, or give it to every command as DataConfig.vocabulary',
       folder, THEIR_VOCABULARY, output,
     )  # fmt: skip
   if not args.no_check:
@@ -148,7 +149,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
     if processes.is_leader():
       path = output / model_directory.RECORD_FILE
       write_json(path, read_json(path) | {'fixed_batch': found})
-  log.info('train it further:\n  %s', _next_command(output, vocabulary))
+  log.info('%s', next_step(output))
 
 
 # What the output is
@@ -237,8 +238,11 @@ def _equal(source: TensorFiles, name: str, other: str) -> bool:
 
 
 def _size(conversion: Conversion) -> str:
-  count = sum(int(np.prod(leaf.shape)) for leaf in conversion.leaves)
-  return f'{count:,} parameters in float32'
+  return f'{_num_bytes(conversion) // 4:,} parameters in float32'
+
+
+def _num_bytes(conversion: Conversion) -> int:
+  return 4 * sum(math.prod(leaf.shape) for leaf in conversion.leaves)
 
 
 def _record(conversion: Conversion, folder: Path) -> dict[str, Any]:
@@ -256,18 +260,6 @@ def _record(conversion: Conversion, folder: Path) -> dict[str, Any]:
     'other_dtypes': {n: d for n, d in sorted(dtypes.items()) if d != main},
     'coverage': dataclasses.asdict(conversion.coverage),
   }
-
-
-def _next_command(output: Path, vocabulary: Path) -> str:
-  own = output / model_directory.VOCABULARY_FILE
-  words = [
-    'st_moe', 'pretrain', '--gin_file=gin_configs/runs/small.gin',
-    f'--gin_file={output / model_directory.MODEL_FILE}',
-    f'--gin.RunConfig.initial_checkpoint={output}',
-    *([f'--gin.VOCABULARY={own}'] if vocabulary.is_file() else []),
-    '--gin.FILES=my_text/*.txt', '--workdir=runs/mine',
-  ]  # fmt: skip
-  return shlex.join(words)
 
 
 # The fixed batch
@@ -288,8 +280,14 @@ def _check_batch(
   model = conversion.model
   batch = fixed_batch.make_batch(model.vocab_size, fixed_batch.rows_for(mesh))
   capacities = [None, _FEW_SLOTS] if model.num_experts else [None]
-  absent = hf_reference.why_absent()
-  log.info('running one fixed batch through %s', output)
+  absent = hf_reference.why_absent(_num_bytes(conversion))
+  log.info(
+    'running one fixed batch through %s%s',
+    output,
+    ', and through transformers, which holds the whole model in memory'
+    if absent is None
+    else '',
+  )
   found: dict[str, Any] = {} if absent is None else {'reference': absent}
   for capacity in capacities:
     config = fixed_batch.with_capacity(model, capacity)

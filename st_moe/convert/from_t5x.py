@@ -32,6 +32,7 @@ from st_moe.convert.writing import (
   abstract_params,
   load_params,
   mesh_config,
+  next_step,
   parameter_shapes,
   write_model,
 )
@@ -139,11 +140,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
       f'wrote {output}: model.gin, model.json, checkpoints/{made.source.step}'
       + ('' if vocabulary is None else ', vocabulary.model')
     )
-    print(
-      f'train it further:\n  st_moe pretrain --gin_file={output}/model.gin '
-      '--gin_file=gin_configs/runs/small.gin '
-      f'--gin.INITIAL_CHECKPOINT={output} --gin.FILES=TEXT --workdir=DIR'
-    )
+    print(next_step(output))
 
 
 def plan(

@@ -16,10 +16,15 @@ import numpy as np
 
 # The first version whose Switch Transformers drop tokens as they should.
 OLDEST = (5, 18)
+_OF_TORCH = 500 << 20  # bytes that it takes beside the model
 
 
-def why_absent() -> str | None:
-  """Returns why there is no reference here; None: there is one."""
+def why_absent(num_bytes: int) -> str | None:
+  """Returns why there is no reference here; None: there is one.
+
+  Args:
+    num_bytes: of the model in float32, which transformers holds as a whole.
+  """
   if importlib.util.find_spec('torch') is None:
     return 'torch is not installed'
   try:
@@ -28,7 +33,23 @@ def why_absent() -> str | None:
     return 'transformers is not installed'
   if tuple(int(part) for part in version.split('.')[:2]) < OLDEST:
     return f'transformers {version} is older than {OLDEST[0]}.{OLDEST[1]}'
+  needed, free = num_bytes + _OF_TORCH, _available()
+  if free is not None and needed > free:
+    return (
+      f'transformers needs {needed / 1e9:.3g} GB of memory, and '
+      f'{free / 1e9:.3g} GB are free'
+    )
   return None
+
+
+def _available() -> int | None:
+  """Returns the bytes that Linux can give to a new process; None elsewhere."""
+  try:
+    lines = Path('/proc/meminfo').read_text().splitlines()
+  except OSError:
+    return None
+  found = [line.split() for line in lines if line.startswith('MemAvailable:')]
+  return int(found[0][1]) * 1024 if found else None
 
 
 def run_in_child(

@@ -23,7 +23,7 @@ from st_moe.checkpoint import ArrayReader, find_steps
 from st_moe.config import ModelConfig, RunConfig
 from st_moe.convert import fixed_batch, mapping
 from st_moe.convert.mapping import Index, Leaf, View
-from st_moe.convert.writing import parameter_shapes
+from st_moe.convert.writing import next_step, parameter_shapes
 from st_moe.errors import UserError
 from st_moe.gin_files import read_bindings
 from st_moe.integrity import manifest_hash
@@ -343,16 +343,14 @@ def write(conversion: Conversion, output: Path, *, check: bool) -> None:
       comment=f'Made by st_moe convert {conversion.record["kind"]}.',
     )
   optimizer = 'fresh' if conversion.opt_state is None else 'carried'
+  flags = (
+    ('--gin.RunConfig.initial_optimizer=carried', '--gin.STEPS=N')
+    if conversion.opt_state is not None
+    else ()
+  )
   print(
     f'{output}: written, step {source.reader.step}, optimizer {optimizer}; '
-    f'train on with:\n  st_moe pretrain --gin_file={output}/model.gin '
-    '--gin_file=gin_configs/runs/small.gin '
-    f'--gin.INITIAL_CHECKPOINT={output} --gin.FILES=TEXT --workdir=DIR'
-    + (
-      ''
-      if conversion.opt_state is None
-      else ' --gin.RunConfig.initial_optimizer=carried --gin.STEPS=N'
-    ),
+    f'{next_step(output, *flags)}',
     flush=True,
   )
 

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from st_moe import processes, trees
 from st_moe.arguments import parse_mesh
 from st_moe.config import MeshConfig, ModelConfig, RunConfig
 from st_moe.convert.mapping import Leaf, Source, read_leaf
-from st_moe.model_directory import ModelWriter
+from st_moe.model_directory import MODEL_FILE, ModelWriter, find_model
 from st_moe.train_state import abstract_state, state_shardings
 from st_moe.transformer import EncoderDecoder
 
@@ -125,3 +126,24 @@ def write_model(
         value = read_leaf(source, leaf)
       writer.add('params', leaf.name, value)
     writer.commit(config, record=record, vocabulary=vocabulary, comment=comment)
+
+
+def next_step(output: Path, *flags: str) -> str:
+  """Returns the command that trains a written model further, in two lines.
+
+  A model whose vocabulary is not known is given one: 'auto' would be refused.
+
+  Args:
+    output: the model directory.
+    flags: what to add.
+  """
+  known = find_model(output).vocabulary_spec() is not None
+  words = [
+    'st_moe', 'pretrain', f'--gin_file={output / MODEL_FILE}',
+    '--gin_file=gin_configs/runs/small.gin',
+    f'--gin.INITIAL_CHECKPOINT={output}',
+    *([] if known else ['--gin.VOCABULARY=VOCABULARY']),
+    '--gin.FILES=TEXT', '--workdir=DIR', *flags,
+  ]  # fmt: skip
+  which = '' if known else ' (VOCABULARY: the file that it was trained with)'
+  return f'train it further{which}:\n  {shlex.join(words)}'

@@ -5,6 +5,8 @@ continuous tests read its files; where torch is there, convert_hf_test.py also
 makes larger models with `make_model` and compares with them on the spot.
 """
 
+import copy
+import functools
 import json
 import sys
 from pathlib import Path
@@ -79,6 +81,63 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 LENGTHS = (13, 9, 4)  # of the inputs; targets are shorter
 GENERATED = 8
+
+
+def initial_model(
+  model_type: str, settings: dict[str, Any], seed: int, larger: float = 1.0
+) -> transformers.PreTrainedModel:
+  """Returns a model as transformers draws it.
+
+  Its `tie_word_embeddings = false` ties the output all the same; here it is
+  drawn as the source says, with deviation 1.
+
+  Args:
+    model_type: of the configuration.
+    settings: of the configuration.
+    seed: of the weights.
+    larger: what kernels and position biases are multiplied by; unless it is 1,
+      norms are not ones either.
+  """
+  torch.manual_seed(seed)
+  config = transformers.AutoConfig.for_model(
+    model_type, decoder_start_token_id=0, **settings
+  )
+  model = transformers.AutoModelForSeq2SeqLM.from_config(config)
+  if settings.get('tie_word_embeddings') is False:
+    shape = model.shared.weight.shape
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(shape))
+    for stack in (model.encoder, model.decoder):
+      stack.embed_tokens.weight.data.copy_(model.shared.weight.data)
+  if larger == 1.0:
+    return model.eval()
+  with torch.no_grad():
+    for name, value in model.named_parameters():
+      if 'layer_norm' in name:
+        value.copy_(1 + 0.2 * torch.randn_like(value))
+      elif 'shared' not in name and 'lm_head' not in name:
+        value.mul_(1.0 if 'embed_tokens' in name else larger)
+  return model.eval()
+
+
+def in_float64(
+  model: transformers.PreTrainedModel,
+) -> transformers.PreTrainedModel:
+  """Returns a copy in float64 throughout.
+
+  `double()` alone leaves the mean squares of norms and the routers in float32.
+  """
+
+  def norm(self, x: torch.Tensor) -> torch.Tensor:
+    mean_square = x.pow(2).mean(-1, keepdim=True)
+    return self.weight * (x * torch.rsqrt(mean_square + self.variance_epsilon))
+
+  exact = copy.deepcopy(model).double()
+  for module in exact.modules():
+    if hasattr(module, 'variance_epsilon'):
+      module.forward = functools.partial(norm, module)
+    if hasattr(module, 'expert_capacity'):
+      module.dtype = torch.float64
+  return exact
 
 
 def make_model(
