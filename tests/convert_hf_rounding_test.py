@@ -39,7 +39,7 @@ def sparse(encoder, decoder, experts, capacity):
 SWITCH = 'switch_transformers'
 UNTIED = {'tie_word_embeddings': False}
 GATED = {'feed_forward_proj': 'gated-gelu'} | UNTIED
-# Inputs have up to 13 tokens: a capacity of 64 is never full, one of 2 is.
+# Inputs have up to 41 tokens: 64 slots are never full, 3 and 4 are.
 CASES = {
   't5_v1_1': ('t5', sizes(211, 52, 13, 77, 5, 3, 3) | GATED),
   't5_v1_1_larger': ('t5', sizes(997, 130, 17, 251, 7, 5, 4, 30) | GATED),
@@ -51,25 +51,26 @@ CASES = {
     SWITCH, sizes(211, 52, 13, 77, 5, 2, 2) | sparse(2, 2, 5, 64)
   ),
   'switch_step_1_drops': (
-    SWITCH, sizes(307, 76, 9, 91, 3, 3, 3) | sparse(3, 3, 7, 2)
+    SWITCH, sizes(307, 76, 9, 91, 3, 3, 3) | sparse(3, 3, 7, 3)
   ),
   'switch_step_2': (
     SWITCH, sizes(211, 60, 13, 77, 5, 4, 4) | sparse(2, 2, 6, 64)
   ),
   'switch_step_2_drops': (
-    SWITCH, sizes(503, 100, 21, 133, 5, 6, 6) | sparse(3, 3, 5, 2)
+    SWITCH, sizes(503, 100, 21, 133, 5, 6, 6) | sparse(3, 3, 9, 4)
   ),
   'switch_step_2_untied': (
-    SWITCH, sizes(503, 100, 21, 133, 5, 6, 6) | sparse(3, 3, 5, 2) | UNTIED
+    SWITCH, sizes(503, 100, 21, 133, 5, 6, 6) | sparse(3, 3, 9, 4) | UNTIED
   ),
   'switch_step_4': (
     SWITCH, sizes(211, 52, 13, 77, 5, 4, 4) | sparse(1, 1, 5, 64)
   ),
   'switch_step_4_drops': (
-    SWITCH, sizes(401, 92, 15, 119, 7, 8, 8) | sparse(2, 2, 4, 2)
+    SWITCH, sizes(401, 92, 15, 119, 7, 8, 8) | sparse(2, 2, 8, 3)
   ),
 }  # fmt: skip
 SEED = 1
+LENGTHS = (41, 23, 7, 30)  # of the inputs; targets are shorter
 # Compiling generation takes long: two cases stand for all in fast runs.
 FAST = ('t5_v1_1', 'switch_step_2_drops')
 EACH = [
@@ -84,7 +85,7 @@ def test_the_weights_of_the_initializers_give_the_same_outputs(case, tmp_path):
   model_type, settings = CASES[case]
   model = make.initial_model(model_type, settings, SEED)
   model.save_pretrained(tmp_path)
-  batch = make.make_batch(settings['vocab_size'], SEED)
+  batch = make.make_batch(settings['vocab_size'], SEED, LENGTHS)
   config, params = load(tmp_path)
   assert config.tie_embeddings == settings.get('tie_word_embeddings', True)
   assert_same_model(config, params, batch | make.outputs(model, batch))
@@ -98,7 +99,7 @@ def test_larger_weights_are_rounded_no_worse_than_by_transformers(
   model_type, settings = CASES[case]
   model = make.initial_model(model_type, settings, SEED, larger=2.0)
   model.save_pretrained(tmp_path)
-  batch = make.make_batch(settings['vocab_size'], SEED)
+  batch = make.make_batch(settings['vocab_size'], SEED, LENGTHS)
   theirs = make.outputs(model, batch)
   exact = make.outputs(make.in_float64(model), batch)
   config, params = load(tmp_path)

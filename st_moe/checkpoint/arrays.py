@@ -5,6 +5,7 @@ a checkpoint array by array and shows it whole or not at all. Neither knows
 what the arrays mean.
 """
 
+import ctypes
 import json
 import os
 import shutil
@@ -89,6 +90,8 @@ class ArrayReader:
         ),
       )
       self._last = name, trees.by_name(found)[name]
+      if self._last[1].nbytes > _TOGETHER_BYTES:
+        _return_memory()
     return self._last[1] if index is None else self._last[1][index]
 
 
@@ -146,6 +149,7 @@ class ArrayWriter:
         'choose another place'
       ) from e
     self._waiting, self._waiting_bytes = {}, 0
+    _return_memory()
 
   def _options(self) -> ocp_v1.Context:
     """Returns how arrays are written: in chunks, from where they are."""
@@ -180,6 +184,16 @@ class ArrayWriter:
     """Removes what was written."""
     if jax.process_index() == 0:
       shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def _return_memory() -> None:
+  """Gives freed memory back to the kernel, where the C library is glibc.
+
+  Of the second, compressed array that a save makes glibc keeps most.
+  """
+  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
+  if trim is not None:
+    trim(0)
 
 
 def _meet(where: str) -> None:

@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,8 +170,10 @@ def make_model(
   return model.eval()
 
 
-def make_batch(vocab_size: int, seed: int) -> dict[str, np.ndarray]:
-  """Returns padded random tokens."""
+def make_batch(
+  vocab_size: int, seed: int, lengths: Sequence[int] = LENGTHS
+) -> dict[str, np.ndarray]:
+  """Returns padded random tokens, inputs of the given lengths."""
   rng = np.random.default_rng(seed)
 
   def tokens(lengths: np.ndarray) -> np.ndarray:
@@ -179,10 +182,9 @@ def make_batch(vocab_size: int, seed: int) -> dict[str, np.ndarray]:
       np.int32
     )
 
-  lengths = np.array(LENGTHS)
-  targets = tokens(lengths // 2 + 3)
+  targets = tokens(np.array(lengths) // 2 + 3)
   return {
-    'encoder_input_tokens': tokens(lengths),
+    'encoder_input_tokens': tokens(np.array(lengths)),
     'decoder_input_tokens': np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
     'decoder_target_tokens': targets,
   }
