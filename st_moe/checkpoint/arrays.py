@@ -7,6 +7,7 @@ what the arrays mean.
 
 import ctypes
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -79,6 +80,8 @@ class ArrayReader:
     """
     if self._last is None or self._last[0] != name:
       self._last = None  # two arrays at a time would be too many
+      if math.prod(self.tensors[name].shape) * 4 > _TOGETHER_BYTES:
+        _return_memory()
       found = self._reader.restore(
         Path(self.where) / self._item,
         args=ocp.args.PyTreeRestore(
@@ -90,8 +93,6 @@ class ArrayReader:
         ),
       )
       self._last = name, trees.by_name(found)[name]
-      if self._last[1].nbytes > _TOGETHER_BYTES:
-        _return_memory()
     return self._last[1] if index is None else self._last[1][index]
 
 
