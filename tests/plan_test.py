@@ -211,20 +211,52 @@ def test_experts_that_are_gathered():
   assert 'experts' not in rules(stored, available=2**21)
 
 
+FSDP = MeshConfig(fsdp_dense=True)
+
+
+def traffic_texts(*collectives, mesh=FSDP):
+  found = lint.lint_traffic(Traffic(collectives, 0), mesh)
+  assert {each.rule for each in found} <= {'all-reduce'}
+  return [each.text for each in found]
+
+
+LARGE = Collective(
+  'all-reduce', 2**28, 'f32[64,1024,1024]', 8, 8, ('data',), 'a/b/c/d', 6
+)
+
+
 def test_an_all_reduce_of_something_large():
-  large = Collective(
-    'all-reduce', 2**28, 'f32[64,1024,1024]', 8, 8, ('data',), 'a/b/c/d', 6
-  )
-  (found,) = lint.lint_traffic(Traffic((large,), 0))
-  assert found.rule == 'all-reduce'
-  assert '6 times a step (1.50 GiB, b/c/d)' in found.text
+  (text,) = traffic_texts(LARGE)
+  assert '6 times a step (1.50 GiB, b/c/d)' in text
   harmless = [
-    dataclasses.replace(large, kind='all-gather'),
-    dataclasses.replace(large, shape='f32[64,1024] and 1023 more'),
-    dataclasses.replace(large, count=1, shape='f32[63,1024,1024]'),
-    dataclasses.replace(large, local_size=1),  # between slices
+    dataclasses.replace(LARGE, kind='all-gather'),
+    dataclasses.replace(LARGE, shape='f32[64,1024] and 1023 more'),
+    dataclasses.replace(LARGE, count=1, shape='f32[63,1024,1024]'),
+    dataclasses.replace(LARGE, local_size=1),  # between slices
+    dataclasses.replace(LARGE, axes=('model',)),  # sums of a layer's parts
   ]
-  assert lint.lint_traffic(Traffic(tuple(harmless), 0)) == []
+  assert traffic_texts(*harmless) == []
+
+
+@pytest.mark.parametrize(
+  'mesh, remedy',
+  [
+    (MeshConfig(), 'MeshConfig.fsdp_dense = True scatters gradients'),
+    (
+      dataclasses.replace(FSDP, fsdp_dense_axes=('data', 'expert')),
+      'FSDP over one axis scatters it: leave MeshConfig.fsdp_dense_axes at '
+      'None',
+    ),
+    (FSDP, 'a larger MeshConfig.model cuts it'),
+    (
+      dataclasses.replace(FSDP, fsdp_dense_axes=('data',)),
+      'a larger MeshConfig.model cuts it',
+    ),
+  ],
+)
+def test_what_helps_against_it_is_not_there_yet(mesh, remedy):
+  (text,) = traffic_texts(LARGE, mesh=mesh)
+  assert text.endswith(f'; {remedy}')
 
 
 def test_a_gradient_that_is_whole_once_a_step():
@@ -232,12 +264,11 @@ def test_a_gradient_that_is_whole_once_a_step():
   once = Collective(
     'all-reduce', 657981440, kernel, 64, 64, ('expert',), 'decoder/_logits/dot'
   )
-  (found,) = lint.lint_traffic(Traffic((once,), 0))
-  assert found.rule == 'all-reduce'
-  assert found.text.startswith(
-    'f32[5120,32128] is added up on every device, once a step, and takes 0.61 '
-    'GiB there for a moment (decoder/_logits/dot); '
-  )
+  assert traffic_texts(once) == [
+    'f32[5120,32128] is added up on every device, once a step (0.61 GiB, '
+    'decoder/_logits/dot), and is whole there for a moment; a larger '
+    'MeshConfig.model cuts it'
+  ]
 
 
 # Whether it fits

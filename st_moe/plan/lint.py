@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from st_moe.config import ModelConfig, RunConfig
+from st_moe.config import MeshConfig, ModelConfig, RunConfig
 from st_moe.plan.collectives import Traffic
 from st_moe.routing import expert_capacity, num_groups
 from st_moe.stacking import STACKS, depth, sparse_layers, superblock_size
@@ -224,32 +224,26 @@ def _tiles(program: StepProgram) -> list[Finding]:
   ]
 
 
-def lint_traffic(traffic: Traffic) -> list[Finding]:
+def lint_traffic(traffic: Traffic, mesh: MeshConfig) -> list[Finding]:
   """Returns what the compiled program's collectives show."""
   findings: list[Finding] = []
   for c in traffic.collectives:
-    if c.kind != 'all-reduce' or c.over_network:
+    # Over the network nothing else is possible; over `model` alone the parts of
+    # a layer's output are added up, not gradients.
+    if c.kind != 'all-reduce' or c.over_network or c.axes == ('model',):
       continue
     size = c.largest_array_bytes
-    if c.count == 1 and size >= _LARGE_ONCE:
-      findings.append(
-        Finding(
-          'all-reduce',
-          f'{c.shape} is added up on every device, once a step, and takes '
-          f'{size / 2**30:.2f} GiB there for a moment ({_scope(c.op_name)}); '
-          'where MeshConfig.fsdp_dense is on, only a larger MeshConfig.model '
-          'cuts it',
-        )
+    if size < (_LARGE_ONCE if c.count == 1 else _LARGE_ALL_REDUCE):
+      continue
+    often = 'once a step' if c.count == 1 else f'{c.count} times a step'
+    findings.append(
+      Finding(
+        'all-reduce',
+        f'{c.shape} is added up on every device, {often} '
+        f'({c.total_bytes / 2**30:.2f} GiB, {_scope(c.op_name)}), and is whole '
+        f'there for a moment; {_scatters(mesh)}',
       )
-    if c.count > 1 and size >= _LARGE_ALL_REDUCE:
-      findings.append(
-        Finding(
-          'all-reduce',
-          f'{c.shape} is added up on every device, {c.count} times a step '
-          f'({c.total_bytes / 2**30:.2f} GiB, {_scope(c.op_name)}); FSDP over '
-          'one axis scatters it: leave MeshConfig.fsdp_dense_axes at None',
-        )
-      )
+    )
   if traffic.unknown_loops:
     findings.append(
       Finding(
@@ -259,6 +253,17 @@ def lint_traffic(traffic: Traffic) -> list[Finding]:
       )
     )
   return findings
+
+
+def _scatters(mesh: MeshConfig) -> str:
+  """Returns what makes a reduce-scatter of a gradient's all-reduce."""
+  if not mesh.fsdp_dense:
+    return 'MeshConfig.fsdp_dense = True scatters gradients'
+  if len(mesh.fsdp_dense_axes or ()) > 1:
+    return (
+      'FSDP over one axis scatters it: leave MeshConfig.fsdp_dense_axes at None'
+    )
+  return 'a larger MeshConfig.model cuts it'
 
 
 def _scope(op_name: str) -> str:

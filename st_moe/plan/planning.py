@@ -258,7 +258,8 @@ def _compile(plan: Plan, program: StepProgram, mesh: Any) -> Plan:
     links=dataclasses.asdict(
       link_seconds(traffic.collectives, plan.target.chip)
     ),
-    findings=plan.findings + tuple(lint.lint_traffic(traffic)),
+    findings=plan.findings
+    + tuple(lint.lint_traffic(traffic, plan.config.mesh)),
     compile_seconds=time.monotonic() - begin,
   )
 
