@@ -259,6 +259,25 @@ def test_what_helps_against_it_is_not_there_yet(mesh, remedy):
   assert text.endswith(f'; {remedy}')
 
 
+def test_many_all_reduces_are_few_lines():
+  many = [
+    dataclasses.replace(LARGE, shape=f'f32[{n},1024,1024]', bytes=n * 2**22)
+    for n in range(8, 16)
+  ]
+  again = dataclasses.replace(many[-1], op_name='e/f')
+  texts = traffic_texts(*many, again)
+  assert [text.split()[0] for text in texts] == [
+    'f32[15,1024,1024]',
+    'f32[14,1024,1024]',
+    'f32[13,1024,1024]',
+    '5',
+  ]
+  assert '12 times a step (0.70 GiB, b/c/d)' in texts[0]
+  assert texts[-1] == (
+    '5 more shapes are added up on every device, 1.17 GiB; --json names all'
+  )
+
+
 def test_a_gradient_that_is_whole_once_a_step():
   kernel = 'f32[5120,32128]'  # of the logits
   once = Collective(

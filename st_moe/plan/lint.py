@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 
 from st_moe.config import MeshConfig, ModelConfig, RunConfig
-from st_moe.plan.collectives import Traffic
+from st_moe.plan.collectives import Collective, Traffic
 from st_moe.routing import expert_capacity, num_groups
 from st_moe.stacking import STACKS, depth, sparse_layers, superblock_size
 from st_moe.train_state import parameter_counts
@@ -24,6 +24,7 @@ _LARGE_ALL_REDUCE = 16 * 2**20
 # One that runs once a step costs little time, but its array is whole for a
 # moment: below this, that is small beside any step that fills a device.
 _LARGE_ONCE = 256 * 2**20
+_SHOWN = 3  # shapes of all-reduces; the rest in one line
 # The experts of one layer, brought together on a device, may take this much of
 # its memory.
 _GATHERED_SHARE = 0.1
@@ -226,24 +227,26 @@ def _tiles(program: StepProgram) -> list[Finding]:
 
 def lint_traffic(traffic: Traffic, mesh: MeshConfig) -> list[Finding]:
   """Returns what the compiled program's collectives show."""
-  findings: list[Finding] = []
+  by_shape: dict[str, list[Collective]] = {}
   for c in traffic.collectives:
     # Over the network nothing else is possible; over `model` alone the parts of
     # a layer's output are added up, not gradients.
     if c.kind != 'all-reduce' or c.over_network or c.axes == ('model',):
       continue
-    size = c.largest_array_bytes
-    if size < (_LARGE_ONCE if c.count == 1 else _LARGE_ALL_REDUCE):
-      continue
-    often = 'once a step' if c.count == 1 else f'{c.count} times a step'
-    findings.append(
-      Finding(
-        'all-reduce',
-        f'{c.shape} is added up on every device, {often} '
-        f'({c.total_bytes / 2**30:.2f} GiB, {_scope(c.op_name)}), and is whole '
-        f'there for a moment; {_scatters(mesh)}',
-      )
+    least = _LARGE_ONCE if c.count == 1 else _LARGE_ALL_REDUCE
+    if c.largest_array_bytes >= least:
+      by_shape.setdefault(c.shape, []).append(c)
+  alike = sorted(
+    by_shape.values(), key=lambda some: -sum(c.total_bytes for c in some)
+  )
+  texts = [_added_up(some, mesh) for some in alike[:_SHOWN]]
+  if rest := [c for some in alike[_SHOWN:] for c in some]:
+    size = sum(c.total_bytes for c in rest)
+    texts.append(
+      f'{len(alike) - _SHOWN} more shapes are added up on every device, '
+      f'{size / 2**30:.2f} GiB; --json names all'
     )
+  findings = [Finding('all-reduce', text) for text in texts]
   if traffic.unknown_loops:
     findings.append(
       Finding(
@@ -253,6 +256,18 @@ def lint_traffic(traffic: Traffic, mesh: MeshConfig) -> list[Finding]:
       )
     )
   return findings
+
+
+def _added_up(alike: Sequence[Collective], mesh: MeshConfig) -> str:
+  """Says what all-reduces of one shape cost, and what makes them less."""
+  count = sum(c.count for c in alike)
+  size = sum(c.total_bytes for c in alike) / 2**30
+  often = 'once a step' if count == 1 else f'{count} times a step'
+  return (
+    f'{alike[0].shape} is added up on every device, {often} ({size:.2f} GiB, '
+    f'{_scope(alike[0].op_name)}), and is whole there for a moment; '
+    f'{_scatters(mesh)}'
+  )
 
 
 def _scatters(mesh: MeshConfig) -> str:
