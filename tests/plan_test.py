@@ -44,11 +44,20 @@ def plan_of(config, compiles=False):
   return planning.make_plan(config, parse_target('cpu:8'), compiles=compiles)
 
 
-def rules(config):
+def rules(config, available=None):
   mesh, program = traced(config)
   flops = costs.traced_flops(program.traced)
   shards = partitioning.batch_shards(mesh)
-  found = lint.lint_shapes(config, program, shards, flops, tiled=True)
+  found = lint.lint_shapes(
+    config,
+    program,
+    shards,
+    flops,
+    costs.uncounted_parts(program.traced),
+    mesh=mesh.shape,
+    available=available,
+    tiled=True,
+  )
   return {finding.rule: finding.text for finding in found}
 
 
@@ -84,6 +93,15 @@ def test_rematerialization_is_counted():
   )
   # Forward, forward again without the last product, and twice forward.
   assert again['dense FFN'] == pytest.approx(kept['dense FFN'] * (11 / 9))
+
+
+def test_loops_whose_trips_are_not_known_count_as_the_model_does():
+  plan = plan_of(configure("ModelConfig.dispatch='ragged'"))
+  assert plan.program_flops['experts'] == plan.model_flops['experts'] > 0
+  (found,) = [each for each in plan.findings if each.rule == 'FLOPs']
+  assert found.text.startswith('experts: how often loops run depends on')
+  counted = plan_of(configure("ModelConfig.dispatch='gather'"))
+  assert 'FLOPs' not in {each.rule for each in counted.findings}
 
 
 def test_a_token_uses_its_choice_of_the_experts():
@@ -166,20 +184,110 @@ def test_weights_cut_below_the_tile():
   assert '512 are cut into parts of 64' in rules(config)['tiles']
 
 
-def test_an_all_reduce_of_something_large():
-  large = Collective(
-    'all-reduce', 2**28, 'f32[64,1024,1024]', 8, 8, ('data',), 'a/b/c/d', 6
+def test_experts_that_are_gathered():
+  """One matrix of wi_0, wi_1 and wo has d_model x d_ff = 64 x 512 values."""
+  flags = (
+    'MeshConfig.fsdp_experts=True',
+    'ModelConfig.num_experts=8',
+    'ModelConfig.d_model=64',
+    'ModelConfig.d_ff=512',
   )
-  (found,) = lint.lint_traffic(Traffic((large,), 0))
-  assert found.rule == 'all-reduce'
-  assert '6 times a step (1.50 GiB, b/c/d)' in found.text
+  experts = 8 * 3 * 64 * 512 * 4
+  found = rules(configure('MeshConfig.expert=2', *flags), available=2**21)
+  assert found['experts'].startswith(
+    'every device gathers 4 experts of a layer'
+  )
+  assert 'with --mesh=data=-1,expert=8 it is' in found['experts']
+  # Half of them are 10% of this, and more is there.
+  for mesh, available, warns in (
+    ('MeshConfig.expert=2', 5 * experts - 1, True),
+    ('MeshConfig.expert=2', 5 * experts, False),
+    ('MeshConfig.expert=8', 2**21, False),
+    ('MeshConfig.expert=2', None, False),
+  ):
+    found = rules(configure(mesh, *flags), available=available)
+    assert ('experts' in found) == warns
+  stored = configure(*flags, 'MeshConfig.fsdp_experts=False')
+  assert 'experts' not in rules(stored, available=2**21)
+
+
+FSDP = MeshConfig(fsdp_dense=True)
+
+
+def traffic_texts(*collectives, mesh=FSDP):
+  found = lint.lint_traffic(Traffic(collectives, 0), mesh)
+  assert {each.rule for each in found} <= {'all-reduce'}
+  return [each.text for each in found]
+
+
+LARGE = Collective(
+  'all-reduce', 2**28, 'f32[64,1024,1024]', 8, 8, ('data',), 'a/b/c/d', 6
+)
+
+
+def test_an_all_reduce_of_something_large():
+  (text,) = traffic_texts(LARGE)
+  assert '6 times a step (1.50 GiB, b/c/d)' in text
   harmless = [
-    dataclasses.replace(large, kind='all-gather'),
-    dataclasses.replace(large, shape='f32[64,1024] and 1023 more'),
-    dataclasses.replace(large, count=1),
-    dataclasses.replace(large, local_size=1),  # between slices
+    dataclasses.replace(LARGE, kind='all-gather'),
+    dataclasses.replace(LARGE, shape='f32[64,1024] and 1023 more'),
+    dataclasses.replace(LARGE, count=1, shape='f32[63,1024,1024]'),
+    dataclasses.replace(LARGE, local_size=1),  # between slices
+    dataclasses.replace(LARGE, axes=('model',)),  # sums of a layer's parts
   ]
-  assert lint.lint_traffic(Traffic(tuple(harmless), 0)) == []
+  assert traffic_texts(*harmless) == []
+
+
+@pytest.mark.parametrize(
+  'mesh, remedy',
+  [
+    (MeshConfig(), 'MeshConfig.fsdp_dense = True scatters gradients'),
+    (
+      dataclasses.replace(FSDP, fsdp_dense_axes=('data', 'expert')),
+      'FSDP over one axis scatters it: leave MeshConfig.fsdp_dense_axes at '
+      'None',
+    ),
+    (FSDP, 'a larger MeshConfig.model cuts it'),
+    (
+      dataclasses.replace(FSDP, fsdp_dense_axes=('data',)),
+      'a larger MeshConfig.model cuts it',
+    ),
+  ],
+)
+def test_what_helps_against_it_is_not_there_yet(mesh, remedy):
+  (text,) = traffic_texts(LARGE, mesh=mesh)
+  assert text.endswith(f'; {remedy}')
+
+
+def test_many_all_reduces_are_few_lines():
+  many = [
+    dataclasses.replace(LARGE, shape=f'f32[{n},1024,1024]', bytes=n * 2**22)
+    for n in range(8, 16)
+  ]
+  again = dataclasses.replace(many[-1], op_name='e/f')
+  texts = traffic_texts(*many, again)
+  assert [text.split()[0] for text in texts] == [
+    'f32[15,1024,1024]',
+    'f32[14,1024,1024]',
+    'f32[13,1024,1024]',
+    '5',
+  ]
+  assert '12 times a step (0.70 GiB, b/c/d)' in texts[0]
+  assert texts[-1] == (
+    '5 more shapes are added up on every device, 1.17 GiB; --json names all'
+  )
+
+
+def test_a_gradient_that_is_whole_once_a_step():
+  kernel = 'f32[5120,32128]'  # of the logits
+  once = Collective(
+    'all-reduce', 657981440, kernel, 64, 64, ('expert',), 'decoder/_logits/dot'
+  )
+  assert traffic_texts(once) == [
+    'f32[5120,32128] is added up on every device, once a step (0.61 GiB, '
+    'decoder/_logits/dot), and is whole there for a moment; a larger '
+    'MeshConfig.model cuts it'
+  ]
 
 
 # Whether it fits

@@ -113,8 +113,14 @@ def test_a_job_that_nobody_describes():
   )
 
 
-@pytest.mark.parametrize('index', [0, 1])
-def test_the_other_process_does_not_come(index):
+@pytest.mark.parametrize(
+  ('index', 'reason'),
+  [
+    (0, 'process 1 has not come'),
+    (1, 'process 0 does not answer: Connection refused'),
+  ],
+)
+def test_the_other_process_does_not_come(index, reason):
   address = f'localhost:{free_port()}'
   assert error_of(
     f'--coordinator_address={address}',
@@ -124,7 +130,7 @@ def test_the_other_process_does_not_come(index):
   ) == (
     'the processes of this job did not find each other in 1 s '
     f'(--coordinator_address={address}, --num_processes=2, '
-    f'--process_id={index}); start all of them (one may be missing, or two '
-    'were started with the same --process_id), with the same address and '
-    'number, and let them reach that port; --connect_timeout waits longer'
+    f'--process_id={index}); start all of them ({reason}), with the same '
+    'address and number, and let them reach that port; --connect_timeout waits '
+    'longer'
   )

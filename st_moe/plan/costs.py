@@ -17,14 +17,37 @@ from st_moe.config import RunConfig
 from st_moe.train_state import AbstractState, parameter_counts
 from st_moe.train_step import StepProgram
 
+# Loops whose trips are not in the program, or depend on the data.
+_UNCOUNTED = ('while', 'pallas_call')
+
 
 def traced_flops(traced: Any) -> dict[str, float]:
   """Returns the FLOPs of a traced step over all devices, by part of the model.
 
   Parts are those of `bench step`. A `while` loop, whose trips are not in the
-  program, counts once; of the branches of a `cond` the costliest counts.
+  program, counts once (see `uncounted_parts`); of the branches of a `cond` the
+  costliest counts.
   """
   return dict(_count(traced.jaxpr.jaxpr, ''))
+
+
+def uncounted_parts(traced: Any) -> list[str]:
+  """Returns the parts of which `traced_flops` sees one trip of a loop only.
+
+  That is the dropless dispatch: how many blocks of rows its experts multiply
+  depends on the routing.
+  """
+  return sorted(_uncounted(traced.jaxpr.jaxpr, ''))
+
+
+def _uncounted(jaxpr: Any, scope: str) -> set[str]:
+  parts: set[str] = set()
+  for eqn in jaxpr.eqns:
+    name = f'{scope}/{eqn.source_info.name_stack}'
+    look = _count if eqn.primitive.name in _UNCOUNTED else _uncounted
+    for each in _inner_jaxprs(eqn.params):
+      parts.update(look(each, name))
+  return parts
 
 
 def _count(jaxpr: Any, scope: str) -> collections.Counter:

@@ -182,7 +182,11 @@ def make_plan(config: RunConfig, target: Target, *, compiles: bool) -> Plan:
   check_run(config, config.model.vocab_size, mesh)
   program = step_program(config, mesh)
   shards = partitioning.batch_shards(mesh)
+  model_flops = step_flops(config, shards)
   flops = costs.traced_flops(program.traced)
+  loops = costs.uncounted_parts(program.traced)
+  for part in loops:
+    flops[part] = max(flops[part], model_flops.get(part, 0.0))
   available = target.chip.hbm_bytes
   if available is not None and target.platform == 'cuda':
     available = int(_GPU_FRACTION * available)
@@ -192,7 +196,7 @@ def make_plan(config: RunConfig, target: Target, *, compiles: bool) -> Plan:
     mesh=dict(mesh.shape),
     parameters=costs.parameters(config, program.shapes),
     tokens=config.batch_size * sum(config.data.lengths.values()),
-    model_flops=step_flops(config, shards),
+    model_flops=model_flops,
     program_flops=flops,
     state=costs.state_bytes(program),
     available=available,
@@ -202,6 +206,9 @@ def make_plan(config: RunConfig, target: Target, *, compiles: bool) -> Plan:
         program,
         shards,
         flops,
+        loops,
+        mesh=mesh.shape,
+        available=available,
         tiled=target.platform == 'tpu',
       )
     ),
@@ -251,7 +258,8 @@ def _compile(plan: Plan, program: StepProgram, mesh: Any) -> Plan:
     links=dataclasses.asdict(
       link_seconds(traffic.collectives, plan.target.chip)
     ),
-    findings=plan.findings + tuple(lint.lint_traffic(traffic)),
+    findings=plan.findings
+    + tuple(lint.lint_traffic(traffic, plan.config.mesh)),
     compile_seconds=time.monotonic() - begin,
   )
 
@@ -288,19 +296,10 @@ def suggestions(plan: Plan) -> list[str]:
       'store weights in parts: --gin.MeshConfig.fsdp_dense=True '
       '--gin.MeshConfig.fsdp_experts=True'
     )
-  experts = plan.mesh['expert']
-  if model.num_experts and experts < model.num_experts:
-    larger = [
-      n
-      for n in range(experts + 1, model.num_experts + 1)
-      if model.num_experts % n == 0
-      and plan.target.devices % (n * plan.mesh['model'] * plan.mesh['slice'])
-      == 0
-    ]
-    if larger:
-      found.append(
-        f'fewer experts per device: --mesh=data=-1,expert={larger[-1]}'
-      )
+  if larger := lint.larger_expert_axes(model, plan.mesh):
+    found.append(
+      f'fewer experts per device: --mesh=data=-1,expert={larger[-1]}'
+    )
   if model.remat_policy != 'full' and activations_matter:
     found.append("keep less: --gin.ModelConfig.remat_policy='full'")
   shards = plan.mesh['slice'] * plan.mesh['data'] * plan.mesh['expert']

@@ -17,12 +17,15 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from st_moe import __version__
 from st_moe.errors import UserError
+from st_moe.processes.connection import Connection, is_job
+from st_moe.processes.roll_call import Missing, WrongCall, roll_call
 
 # JAX aborts without Python's knowledge when its own time is over: later.
 _LATER_SECONDS = 60
@@ -59,96 +62,6 @@ _job = _Job()
 # Joining
 
 
-@dataclasses.dataclass(frozen=True)
-class Connection:
-  """The flags with which a process joins a job.
-
-  Attributes:
-    distributed: 'auto', 'on' or 'off'.
-    coordinator_address: HOST:PORT of process 0; None: the cluster's.
-    num_processes: of the job; None: the cluster's.
-    process_id: of this process; None: the cluster's.
-    timeout: seconds to wait for the others.
-  """
-
-  distributed: str = 'auto'
-  coordinator_address: str | None = None
-  num_processes: int | None = None
-  process_id: int | None = None
-  timeout: int = 300
-
-  def given(self) -> dict[str, Any]:
-    """Returns what a user said about the job, by flag."""
-    flags = {
-      '--coordinator_address': self.coordinator_address,
-      '--num_processes': self.num_processes,
-      '--process_id': self.process_id,
-    }
-    return {name: value for name, value in flags.items() if value is not None}
-
-  def check(self) -> None:
-    """Refuses flags that cannot be meant.
-
-    Raises:
-      UserError: naming them.
-    """
-    given = self.given()
-    if given and self.distributed == 'off':
-      raise UserError(f'--distributed=off does not go with {", ".join(given)}')
-    if self.coordinator_address is not None:
-      host, _, port = self.coordinator_address.rpartition(':')
-      if not host or not port.isdigit():
-        raise UserError(
-          f'--coordinator_address={self.coordinator_address} must be HOST:PORT '
-          'of process 0, such as 10.0.0.1:8476'
-        )
-    if self.num_processes is not None and self.num_processes < 1:
-      raise UserError(
-        f'--num_processes must be at least 1, got {self.num_processes}'
-      )
-    if self.process_id is not None:
-      if self.process_id < 0:
-        raise UserError(
-          f'--process_id must be at least 0, got {self.process_id}'
-        )
-      if (
-        self.num_processes is not None and self.process_id >= self.num_processes
-      ):
-        raise UserError(
-          f'--process_id must be 0 to {self.num_processes - 1}, got '
-          f'{self.process_id}'
-        )
-    if self.timeout < 1:
-      raise UserError(
-        f'--connect_timeout must be at least 1, got {self.timeout}'
-      )
-
-
-def is_job(environ: Mapping[str, str]) -> bool:
-  """Whether a launcher says that this is one of several processes.
-
-  Only what launchers set for the processes themselves counts: in a batch
-  script of SLURM, outside `srun`, there is one process whatever the job's size.
-  """
-
-  def count(name: str) -> int:
-    value = environ.get(name, '')
-    return int(value) if value.isdigit() else 0
-
-  workers = (
-    environ.get('TPU_PROCESS_ADDRESSES')
-    or environ.get('TPU_WORKER_HOSTNAMES')
-    or ''
-  )
-  return (
-    'JAX_COORDINATOR_ADDRESS' in environ
-    or ('SLURM_PROCID' in environ and count('SLURM_STEP_NUM_TASKS') > 1)
-    or count('OMPI_COMM_WORLD_SIZE') > 1
-    or count('MEGASCALE_NUM_SLICES') > 1
-    or ',' in workers
-  )
-
-
 def connect(connection: Connection, *, stop_signals: bool) -> None:
   """Joins the job, if this process is part of one; before any use of JAX.
 
@@ -159,6 +72,8 @@ def connect(connection: Connection, *, stop_signals: bool) -> None:
 
   Raises:
     UserError: unclear flags, or the others were not there in time.
+    AgreedError: processes that were numbered by hand have one number, or
+      differ about how many there are.
   """
   connection.check()
   wanted = connection.distributed == 'on' or connection.given()
@@ -169,6 +84,8 @@ def connect(connection: Connection, *, stop_signals: bool) -> None:
   import jax
 
   jax.config.update('jax_enable_preemption_service', stop_signals)
+  end = time.monotonic() + connection.timeout
+  _call_the_roll(connection)
   failures: list[Exception] = []
 
   def initialize() -> None:
@@ -185,17 +102,10 @@ def connect(connection: Connection, *, stop_signals: bool) -> None:
   # In a thread: meanwhile this one hears signals and looks at the clock.
   thread = threading.Thread(target=initialize, daemon=True)
   thread.start()
-  thread.join(connection.timeout)
+  thread.join(max(1, end - time.monotonic()))
   if thread.is_alive():
     _job.broken = True
-    words = ', '.join(f'{k}={v}' for k, v in connection.given().items())
-    raise UserError(
-      f'the processes of this job did not find each other in '
-      f'{connection.timeout} s ({words or "all found by their cluster"}); '
-      'start all of them (one may be missing, or two were started with the '
-      'same --process_id), with the same address and number, and let them '
-      'reach that port; --connect_timeout waits longer'
-    )
+    raise _not_found(connection, 'one may be missing')
   if failures:
     raise UserError(
       f'this process cannot join its job ({_one_line(failures[0])}); give '
@@ -204,6 +114,33 @@ def connect(connection: Connection, *, stop_signals: bool) -> None:
     )
   _job.joined, _job.has_signals = True, stop_signals
   _give_output_to_the_leader()
+
+
+def _call_the_roll(connection: Connection) -> None:
+  """Hears that all are there, each with a number of its own."""
+  if len(connection.given()) < 3 or connection.num_processes == 1:
+    return  # their cluster numbers them
+  try:
+    roll_call(
+      connection.coordinator_address,
+      connection.num_processes,
+      connection.process_id,
+      connection.timeout,
+    )
+  except WrongCall as e:
+    raise AgreedError(str(e)) from e
+  except Missing as e:
+    raise _not_found(connection, str(e)) from e
+
+
+def _not_found(connection: Connection, reason: str) -> UserError:
+  words = ', '.join(f'{k}={v}' for k, v in connection.given().items())
+  return UserError(
+    f'the processes of this job did not find each other in '
+    f'{connection.timeout} s ({words or "all found by their cluster"}); start '
+    f'all of them ({reason}), with the same address and number, and let them '
+    'reach that port; --connect_timeout waits longer'
+  )
 
 
 def _give_output_to_the_leader() -> None:
