@@ -90,15 +90,21 @@ def test_who_does_not_come_is_named(address):
   assert str(alone) == 'process 0 does not answer: Connection refused'
 
 
-def test_a_process_that_ended_while_it_waited_may_come_again(address):
+@pytest.mark.parametrize('order', [(1, 2), (2, 1)])
+def test_a_process_that_ended_while_it_waited_may_come_again(address, order):
   def leave():
     with pytest.raises(Missing):
       roll_call(address, 3, 1, 0.5)
 
   first = later(0, lambda: roll_call(address, 3, 0, SECONDS))
   leave()
-  assert call_all(address, (1, 3), (2, 3)) == [None, None]
-  first.join()
+  others = []
+  for index in order:  # one after the other, in this order
+    others.append(later(0, lambda i=index: roll_call(address, 3, i, SECONDS)))
+    time.sleep(0.5)
+  for thread in (first, *others):
+    thread.join(SECONDS / 2)
+    assert not thread.is_alive()
 
 
 def test_whoever_else_connects_is_not_counted(address):

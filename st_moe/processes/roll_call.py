@@ -180,7 +180,7 @@ class _Register:
       return
     error = None
     with listener:
-      while len(self._calls) < self._count or error is not None:
+      while not self._complete() or error is not None:
         listener.settimeout(max(0.01, self._end - time.monotonic()))
         try:
           connection, _ = listener.accept()
@@ -198,6 +198,12 @@ class _Register:
           self.answered.set()
       _answer(self._calls.values(), None)
     self.answered.set()
+
+  def _complete(self) -> bool:
+    """Whether all have come, and none has ended since."""
+    if len(self._calls) == self._count:
+      self._calls = {i: c for i, c in self._calls.items() if c.is_there()}
+    return len(self._calls) == self._count
 
   def _wrong(self, call: _Call) -> str | None:
     """Returns what a new call is wrong about."""
