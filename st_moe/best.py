@@ -1,11 +1,12 @@
 """The best step of a run: by which score, which it is, and when to stop.
 
 The score is one of an evaluation's, by its name in `metrics.jsonl`. Of equal
-scores the earliest is the best: small development sets have many. Scores are
-kept with each checkpoint; which of those on disk is the best is read from
-there (`find_best`), so that it holds after a kill, a damaged file or a save
-that failed. `best.json` in the work directory says which score decides, and
-is what a person reads.
+scores, of which small development sets have many, that with the lower held-out
+loss is the best, then the earliest: before a model has learned the form of an
+answer all its scores are 0. Scores are kept with each checkpoint; which of
+those on disk is the best is read from there (`find_best`), so that it holds
+after a kill, a damaged file or a save that failed. `best.json` in the work
+directory says which score decides, and is what a person reads.
 """
 
 import dataclasses
@@ -20,25 +21,30 @@ from st_moe.errors import UserError, did_you_mean
 BEST_FILE = 'best.json'
 # What the best step answered to tasks with answers; see development.py.
 ANSWERS_FOLDER = 'best_answers'
+_LOSS = 'eval/loss'
 # Which checkpoint of several: a number of steps, the best, or the newest.
 Step = int | Literal['best'] | None
 
 
-def rank(metric: str, scores: Mapping[str, float], step: int) -> tuple:
+def rank(metric: str, scores: Mapping[str, float | None], step: int) -> tuple:
   """Returns what the best step has most of; to be compared.
 
   Losses count downward, all else upward. A score that is missing or not
-  finite is the worst.
+  finite is the worst. The held-out loss decides between equal ones.
 
   Args:
     metric: name of the score that decides.
     scores: of an evaluation, by name.
     step: whose.
   """
-  value = scores.get(metric)
-  if value is None or not math.isfinite(value):
-    return (-math.inf, -step)
-  return (-value if metric.endswith('loss') else value, -step)
+  values = []
+  for name in (metric, _LOSS):
+    value = scores.get(name)
+    if value is None or not math.isfinite(value):
+      values.append(-math.inf)
+    else:
+      values.append(-value if name.endswith('loss') else value)
+  return (*values, -step)
 
 
 def choose_metric(name: str, measured: Sequence[str]) -> str:
@@ -52,7 +58,7 @@ def choose_metric(name: str, measured: Sequence[str]) -> str:
     UserError: when it is none of those.
   """
   if name == 'auto':
-    return 'eval/score' if 'eval/score' in measured else 'eval/loss'
+    return 'eval/score' if 'eval/score' in measured else _LOSS
   if name and name not in measured:
     raise UserError(
       f'RunConfig.best_metric {name!r} is no score of this run'
@@ -72,6 +78,7 @@ class BestStep:
     step: of the best; None before there is one.
     value: its score.
     waited: evaluations since.
+    loss: the held-out loss of the best; None: it has none.
   """
 
   metric: str
@@ -80,6 +87,7 @@ class BestStep:
   step: int | None = None
   value: float | None = None
   waited: int = 0
+  loss: float | None = None
 
   def add(self, step: int, scores: Mapping[str, float]) -> bool:
     """Takes an evaluation; returns whether it is the best so far."""
@@ -87,7 +95,8 @@ class BestStep:
       return False
     new = rank(self.metric, scores, step)
     if self.step is not None:
-      old = rank(self.metric, {self.metric: self.value}, self.step)
+      best = {_LOSS: self.loss, self.metric: self.value}
+      old = rank(self.metric, best, self.step)
       if new <= old:
         self.waited += step >= self.begin
         return False
@@ -95,6 +104,8 @@ class BestStep:
       self.waited += step >= self.begin
       return False
     self.step, self.value, self.waited = step, float(scores[self.metric]), 0
+    loss = scores.get(_LOSS)
+    self.loss = loss if loss is not None and math.isfinite(loss) else None
     return True
 
   @property
@@ -117,12 +128,13 @@ class BestStep:
 
   def state(self) -> dict[str, Any]:
     """Returns what a checkpoint keeps, ready for JSON."""
-    return self.record() | {'waited': self.waited}
+    return self.record() | {'waited': self.waited, 'loss': self.loss}
 
   def restore(self, state: Mapping[str, Any] | None, step: int) -> None:
     """Goes on from a step's `state()`, unless that was of another score."""
     if state and state['metric'] == self.metric:
       self.step, self.value = state['step'], state['value']
+      self.loss = state.get('loss')
       self.waited = state['waited'] if step >= self.begin else 0
 
 

@@ -6,7 +6,7 @@ Loads neither JAX nor orbax, as `model_directory` does.
 from pathlib import Path
 
 from st_moe.bindings import Binding, flatten
-from st_moe.errors import UserError
+from st_moe.errors import UserError, did_you_mean
 from st_moe.gin_files import load_config
 from st_moe.workdir import CONFIG_FILE, MODEL_FILE
 
@@ -15,6 +15,26 @@ def gin_file_of(path: Path) -> Path | None:
   """Returns the gin file of a model directory or of a run, if it is one."""
   names = (path / MODEL_FILE, path / CONFIG_FILE)
   return next((name for name in names if name.is_file()), None)
+
+
+def no_model(path: Path, flag: str = '') -> UserError:
+  """Returns the error about a path at which there is no model.
+
+  Args:
+    path: as given.
+    flag: '--checkpoint=', if it came from there.
+  """
+  if not path.exists():
+    near = [other.name for other in path.parent.glob('*') if other.is_dir()]
+    return UserError(
+      f'{flag}{path} holds no model: there is no such folder'
+      f'{did_you_mean(path.name, near)}'
+    )
+  return UserError(
+    f'{flag}{path} holds no model: it has no {MODEL_FILE} and no '
+    f'{CONFIG_FILE}; give the work directory of a run, or a model that '
+    '`st_moe convert` made'
+  )
 
 
 def model_bindings(path: Path) -> list[Binding]:
@@ -28,11 +48,7 @@ def model_bindings(path: Path) -> list[Binding]:
   """
   found = gin_file_of(path.parent if path.name == 'checkpoints' else path)
   if found is None:
-    raise UserError(
-      f'--checkpoint={path} holds no model: it has no {MODEL_FILE} and no '
-      f'{CONFIG_FILE}; give the work directory of a run, or a model that '
-      '`st_moe convert` made'
-    )
+    raise no_model(path, '--checkpoint=')
   config = load_config([str(found)])
   sections = [
     'ModelConfig',

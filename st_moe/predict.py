@@ -35,7 +35,7 @@ from st_moe.transformer import EncoderDecoder
 log = logging.getLogger(__name__)
 
 _BLOCK = 32  # batches of lines that are read before they are answered
-_SECONDS = 5.0  # between two lines of progress
+_SECONDS = 5.0  # of answering, between two lines of progress
 # Within this many seconds a writer that goes on has written more.
 _PAUSE = 0.05
 
@@ -196,11 +196,14 @@ class _Answers:
     self._predictor = predictor
     self._vocabulary = vocabulary
     self._longest = inputs_length
-    self._start = self._said = time.monotonic()
+    self._seconds = self._said = 0.0  # of answering, not of waiting for lines
+    self._began = time.monotonic()
+    self._quiet = sys.stdin.isatty()  # where answers stand among the lines
     self.lines = self.tokens = self.cut = 0
 
   def __call__(self, block: list[str]) -> list[str]:
     vocabulary, rows = self._vocabulary, []
+    self._began = time.monotonic()
     for text in block:
       ids = vocabulary.encode_prompt(text)
       self.cut += len(ids) > self._longest - 1
@@ -210,19 +213,19 @@ class _Answers:
     )
     self.lines += len(block)
     self.tokens += sum(map(len, outputs))
+    self._seconds = self._so_far()
     return [one_line(vocabulary.decode(ids)) for ids in outputs]
 
   def _say(self, done: int, _: int) -> None:
-    now = time.monotonic()
-    if now - self._said < _SECONDS:
+    seconds = self._so_far()
+    if self._quiet or seconds - self._said < _SECONDS:
       return
-    self._said = now
+    self._said = seconds
     done += self.lines
-    log.info('lines answered: %d (%.1f a second)', done, done / self.seconds)
+    log.info('lines answered: %d (%.1f a second)', done, done / seconds)
 
-  @property
-  def seconds(self) -> float:
-    return time.monotonic() - self._start
+  def _so_far(self) -> float:
+    return self._seconds + time.monotonic() - self._began
 
   def summary(self) -> None:
     if self.cut:
@@ -233,7 +236,7 @@ class _Answers:
       )
     log.info(
       'answered in %.1f s: lines %d, tokens %d',
-      *(self.seconds, self.lines, self.tokens),
+      *(self._seconds, self.lines, self.tokens),
     )
 
 

@@ -27,6 +27,27 @@ def test_a_score_counts_upward_and_of_equals_the_first_is_best():
   assert best.record() == {'metric': 'eval/score', 'step': 60, 'value': 61.0}
 
 
+def test_held_out_loss_decides_between_equal_scores():
+  # No answer has the form that is asked for yet, but the model learns.
+  best = BestStep('eval/score', patience=2)
+  evaluations = [(0.0, 6.2), (0.0, 3.7), (0.0, math.nan), (0.0, 4.0)]
+  found = []
+  for i, (score, loss) in enumerate(evaluations):
+    best = BestStep(
+      'eval/score',
+      patience=2,
+      **{
+        k: v
+        for k, v in json.loads(json.dumps(best.state())).items()
+        if k != 'metric'
+      },
+    )
+    found.append(best.add(i, {'eval/score': score, 'eval/loss': loss}))
+  assert found == [True, True, False, False]
+  assert (best.step, best.waited, best.over) == (1, 2, True)
+  assert best.add(4, {'eval/score': 0.1, 'eval/loss': 9.0})
+
+
 def test_a_loss_counts_downward():
   best = BestStep('eval/loss')
   assert run(best, [2.0, 2.5, 1.5]) == [True, False, True]

@@ -201,7 +201,7 @@ def test_a_line_that_is_no_text_is_named(error, tmp_path):
 @pytest.mark.parametrize(
   'flags, message',
   [
-    (['--checkpoint=nowhere'], 'nowhere holds no model'),
+    (['--checkpoint=nowhere'], 'nowhere holds no model: there is no such'),
     (['--step=3'], 'there is no checkpoint of step 3'),
     (['--prompt=a', '--input=b'], 'choose one'),
     (['--input=nowhere.txt'], '--input=nowhere.txt: there is no such file'),

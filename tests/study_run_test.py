@@ -170,4 +170,6 @@ def test_a_study_killed_twice_gives_the_same_report(
   # Another study does not go on in this folder, nor with other settings.
   other = [*argv, '--gin.STEPS=9', f'--workdir={whole}']
   assert main(other) == 2
-  assert 'holds another study' in capsys.readouterr().err
+  error = capsys.readouterr().err
+  assert 'holds the study of another command, `st_moe study' in error
+  assert '--gin.STEPS=9' not in error  # it is the old one

@@ -256,8 +256,9 @@ def test_a_flag_that_makes_arms_equal_is_refused():
 
 def test_the_list_names_every_study_and_its_table(capsys):
   assert main(['study', 'list']) == 0
-  lines = capsys.readouterr().out.splitlines()
+  *lines, note = capsys.readouterr().out.splitlines()
   assert [line.split()[0] for line in lines] == STUDIES
+  assert note.startswith('Those named finetune_* begin with a model')
   assert any(
     line.startswith('cf_top_n ') and 'Table 8' in line for line in lines
   )
@@ -311,7 +312,15 @@ def test_a_folder_of_something_else_is_refused(tmp_path, capsys):
   other.mkdir()
   (other / 'study.json').write_text(json.dumps({'study': 'bpr'}))
   assert main(['study', 'bias', f'--workdir={other}']) == 2
-  assert 'another study' in capsys.readouterr().err
+  assert 'holds the study of another command' in capsys.readouterr().err
+  record = {'command': 'st_moe study bias --scale=tiny', 'arms': {'dense': '0'}}
+  (other / 'study.json').write_text(json.dumps(record))
+  assert main(['study', 'bias', f'--workdir={other}']) == 2
+  error = capsys.readouterr().err
+  assert (
+    'holds a study whose settings were others, in its gin files or by default '
+    '(arms additive, dense, multiplicative, none); use another' in error
+  )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def add_study(subparsers: Any) -> Parser:
     '--checkpoint',
     metavar='DIR',
     help='what arms of a fine-tuning study begin with: a run, or a model that '
-    '`st_moe convert` made',
+    '`st_moe convert` made; --gin.TASK and --gin.TASK_DIR say on what',
   )
   add('--dense_checkpoint', metavar='DIR', help='the same of its dense arms')
   add('--workdir', metavar='DIR', help='for runs, results and the report')
@@ -34,7 +34,7 @@ def add_study(subparsers: Any) -> Parser:
     metavar='NAME',
     help='only this one; may be repeated',
   )
-  add('--shard', metavar='I/N', help='every n-th run, from the i-th on')
+  add('--shard', metavar='I/N', help='every N-th run, from run I on; 0/N first')
   add('--dry_run', action='store_true', help='print the grid and what it costs')
   add(
     '--topology',

@@ -11,8 +11,7 @@ from st_moe.bindings import Binding
 from st_moe.commands import starting
 from st_moe.config import RunConfig
 from st_moe.errors import UserError
-from st_moe.model_gin import gin_file_of
-from st_moe.workdir import CONFIG_FILE, MODEL_FILE
+from st_moe.model_gin import gin_file_of, no_model
 
 log = logging.getLogger(__name__)
 
@@ -43,10 +42,7 @@ def _of_a_model(
   """
   found = gin_file_of(path)
   if found is None:
-    raise UserError(
-      f'{path} holds no model: it has no {CONFIG_FILE} and no {MODEL_FILE}; '
-      'give the work directory of a run, or a model that `st_moe convert` made'
-    )
+    raise no_model(path)
   files = [str(found), *args.gin_file]
   named = any(one.name == 'TASK' for one in args.gin_bindings)
   if of_text and named and not args.gin_file:

@@ -28,6 +28,7 @@ from st_moe.errors import UserError
 from st_moe.gin_files import read_bindings
 from st_moe.integrity import manifest_hash
 from st_moe.model_directory import FoundModel, ModelWriter, find_model
+from st_moe.model_gin import no_model
 from st_moe.stacking import STACKS, superblock_size
 from st_moe.transformer import apply_model
 
@@ -71,10 +72,7 @@ def open_model(path: Path, step: Step) -> OwnModel:
   found = find_model(path)
   config = found.run_config()
   if config is None:
-    raise UserError(
-      f'{path} holds no model: it has neither model.gin nor config.gin; give '
-      'what `st_moe convert` or `st_moe pretrain` has made'
-    )
+    raise no_model(path)
   directory, _ = find_steps(path, step)
   reader = ArrayReader(directory, step)
   difference = trees.difference(

@@ -32,6 +32,10 @@ def list_studies() -> None:
   places = max(len(row[1]) for row in rows)
   for name, paper, arms, title in rows:
     print(f'{name:{width}}  {paper:{places}}  {arms:>2} arms  {title}')
+  print(
+    'Those named finetune_* begin with a model: --checkpoint=DIR, and '
+    '--gin.TASK=... --gin.TASK_DIR=... say on what it is fine-tuned'
+  )
 
 
 def report(directory: Path) -> None:

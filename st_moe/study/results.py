@@ -149,10 +149,10 @@ def open_directory(directory: Path, record: dict[str, Any]) -> None:
   path = directory / STUDY_FILE
   if path.is_file():
     new = json.loads(json.dumps(record))
-    if changed := differences(read_json(path), new):
+    old = read_json(path)
+    if differences(old, new):
       raise UserError(
-        f'{directory} holds another study ({"; ".join(changed[:3])}'
-        f'{"; ..." if changed[3:] else ""}); use another --workdir'
+        f'{directory} holds {_what_it_holds(old, new)}; use another --workdir'
       )
     return
   if directory.exists() and (
@@ -168,6 +168,22 @@ def open_directory(directory: Path, record: dict[str, Any]) -> None:
     raise UserError(
       f'--workdir={directory} cannot be written ({e.strerror}); choose another'
     ) from e
+
+
+def _what_it_holds(old: dict[str, Any], new: dict[str, Any]) -> str:
+  """Returns what a folder's study is and this one is not, in words."""
+  if old.get('command') != new['command']:
+    return f'the study of another command, `{old.get("command")}`'
+  arms = old.get('arms', {}), new['arms']
+  changed = [
+    name
+    for name in sorted(set(arms[0]) | set(arms[1]))
+    if arms[0].get(name) != arms[1].get(name)
+  ]
+  return (
+    'a study whose settings were others, in its gin files or by default '
+    f'(arms {", ".join(changed)})'
+  )
 
 
 def read_record(directory: Path) -> dict[str, Any]:
