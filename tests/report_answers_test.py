@@ -109,12 +109,15 @@ def test_scores_stand_beside_the_constant_answer_and_the_last_step(workdir):
   (table,) = re.findall(r'<table class="scores">.*?</table>', page, re.S)
   rows = [cells(row) for row in re.findall(r'<tr.*?</tr>', table, re.S)]
   assert rows == [
-    ['task', 'metric', 'best step', '', 'last step', 'constant', ''],
+    [
+      'task', 'metric', 'best step', '', 'last step', 'constant',
+      'best - constant',
+    ],
     [CB, 'f1', '60.00', '', '50.00', '25.00', '+35.00'],
     ['', 'accuracy', '70.00', '', '60.00', '60.00', '+10.00'],
     ['web_questions', 'exact_match', '25.00', '', '50.00', '', ''],
     ['all', 'mean of 2', '45.00', '', '52.50', '', ''],
-  ]
+  ]  # fmt: skip
   assert 'Step 20, the best by <code>eval/score</code> (45), and' in page
 
 
@@ -144,6 +147,33 @@ def test_mistakes_are_shown_short_and_escaped(workdir):
   assert '<span class="tag">model</span>-' in blocks[1]  # it wrote nothing
   assert page.count('<img src="data:image/png;base64,') == 2
   assert '://' not in page  # opens without a network
+
+
+def test_inputs_that_were_cut_are_said_to_be(workdir):
+  data = {
+    'vocabulary': 'byte', 'extra_ids': 10, 'inputs_length': 100,
+    'insert_sentinels': 3,
+  }  # fmt: skip
+  (workdir / 'run.json').write_text(json.dumps({'config': {'data': data}}))
+  page = write_report(workdir).read_text()
+  tokens = len(cb_row(5, 0, 1)['inputs'])
+  said = f'(the model saw the first 96 of {tokens:,} tokens)'
+  assert page.count(said) == 3  # of CB; the other task's are short
+  assert page.count('the model saw') == 3
+
+
+def test_one_task_is_drawn_as_large_as_each_of_several(workdir):
+  several = write_report(workdir).read_text()
+  summary = json.loads((workdir / 'summary.json').read_text())
+  summary['development']['means'] = []
+  del summary['development']['tasks']['web_questions']
+  (workdir / 'summary.json').write_text(json.dumps(summary))
+  one = write_report(workdir).read_text()
+  widths = [
+    float(re.findall(r'style="max-width:([\d.]+)rem"', page)[0])
+    for page in (several, one)
+  ]
+  assert widths[0] == 60.0 and 20 < widths[1] < 30
 
 
 def test_curves_have_every_metric_the_constant_answer_and_the_best_step(

@@ -1,6 +1,7 @@
 """Report: pictures that open, a page that says what the files say."""
 
 import base64
+import html
 import json
 import math
 import re
@@ -77,8 +78,46 @@ def test_a_finished_run_has_pictures_and_a_page(tmp_path):
   assert rows['filled'] == 'a [-] &amp; c'
   assert rows['parameters'] == 'total 1,234,567, expert 1,000,000'
   assert rows['model'] == 'd_model 64, num_experts 4'
-  assert rows['command'] == 'st_moe pretrain --workdir=&lt;here&gt;'
+  (command,) = re.findall(r'<p class="command">(.*?)</p>', text)
+  words = re.findall(r'<span>(.*?)</span>', command)
+  assert list(map(html.unescape, words)) == [
+    'st_moe', 'pretrain', "'--workdir=<here>'",
+  ]  # fmt: skip
   assert '://' not in text  # opens without a network
+
+
+CB = {'task': 'superglue.cb:9,superglue.copa:1', 'objective': 'none'}
+MIX = {'task': 'superglue.cb:9,text:1', 'objective': 'prefix_lm'}
+AUTO = {'task': 'docstrings', 'vocabulary': 'auto'}
+
+
+@pytest.mark.parametrize(
+  ('config', 'expected'),
+  [
+    ({'data': CB}, f'task {CB["task"]}'),
+    ({'data': MIX}, f'task {MIX["task"]}, objective prefix_lm'),
+    ({'data': AUTO}, 'task docstrings, vocabulary auto'),
+    (
+      {'data': AUTO, 'initial_checkpoint': 'books'},
+      'task docstrings, vocabulary of the weights',
+    ),
+    (
+      {'optimizer': {'schedule': 'constant', 'warmup_steps': 10}},
+      'schedule constant',
+    ),
+    (
+      {'optimizer': {'schedule': 'rsqrt', 'warmup_steps': 10}},
+      'schedule rsqrt, warmup_steps 10',
+    ),
+    ({'model': {'num_experts': 0, 'sparse_every': 4}}, 'num_experts 0'),
+  ],
+)
+def test_only_settings_in_force_are_shown(tmp_path, config, expected):
+  write_run(tmp_path, layers=(), steps=(10,))
+  (tmp_path / 'run.json').write_text(json.dumps({'config': config}))
+  text = write_report(tmp_path).read_text()
+  rows = dict(re.findall(r'<tr><td>(.*?)</td><td>(.*?)</td></tr>', text))
+  assert rows[next(iter(config))] == expected
 
 
 def test_a_run_under_way_is_drawn_from_metrics_alone(tmp_path):

@@ -105,7 +105,7 @@ def test_numbers_are_those_of_the_json(tmp_path, trace, stack, index):
     for name in ('first', 'other', 'dropped'):
       (shown,) = numbers(row, rf'data-name="{name}">([\d,]+)<')
       assert int(shown.replace(',', '')) == expert[name]
-    (load,) = numbers(row, r'</span>([\d.]+)%')
+    (load,) = numbers(row, r'<span class="share">([\d.]+)%')
     assert load == f'{100 * expert["load"]:.1f}'
     lifts = numbers(row, r'<small>([\d.]+)×')
     assert np.allclose(

@@ -417,8 +417,10 @@ def test_a_summary_for_each_layer(run, output, capsys):
   writing.print_summary(found, Console())
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == (
-    'first choices; entropy in nats, 1.39 is even use of 4 experts'
+    'entropy of first choices in nats, 1.39 is even use of 4 experts; max load '
+    'is of all choices'
   )
+  assert 'takes mostly' in lines[1] and '...' not in '\n'.join(lines)
   assert [line.split('  ')[0] for line in lines[2:6]] == [
     'encoder 0', 'encoder 1', 'decoder 0', 'decoder 1',
   ]  # fmt: skip

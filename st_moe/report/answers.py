@@ -2,7 +2,7 @@
 
 import html
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from st_moe.report.run import Run
@@ -29,9 +29,12 @@ h3 { font-size: 1rem; margin: 1.4rem 0 0.5rem; }
   background: #D55E00; }
 .up { color: #00715a; } .down { color: #a34700; }
 .matrices { display: flex; flex-wrap: wrap; gap: 1rem 3rem; }
-.matrix td, .matrix th { padding: 0.35rem 0.7rem; text-align: right;
-  font-weight: normal; font-size: 0.85rem; border: 2px solid white; }
-.matrix th { color: #555; } .matrix td:first-child { color: inherit; }
+.matrix td, .matrix th { padding: 0.35rem 0.5rem; text-align: center;
+  vertical-align: middle; font-weight: normal; font-size: 0.85rem;
+  border: 2px solid white; box-sizing: border-box; height: 2.1rem; }
+.matrix th + th, .matrix td { width: 7.6rem; min-width: 7.6rem;
+  max-width: 7.6rem; overflow-wrap: anywhere; }
+.matrix th { color: #555; } .matrix th:first-child { text-align: right; }
 .matrix caption { text-align: left; font-weight: 600; padding-bottom: 0.3rem; }
 .mistake { border-left: 3px solid #ddd; padding: 0.1rem 0 0.1rem 1rem;
   margin: 0.9rem 0; }
@@ -64,7 +67,9 @@ def render(run: Run) -> str:
       'for each that the model gave; darker is a larger share of its row.</p>',
       f'<div class="matrices">{"".join(matrices)}</div>',
     ]
-  mistakes = ''.join(_mistakes(name, rows) for name, rows in answers.items())
+  mistakes = ''.join(
+    _mistakes(name, rows, run.seen_of) for name, rows in answers.items()
+  )
   if mistakes:
     parts += ['<h2>Some mistakes</h2>', mistakes]
   return '\n'.join(parts)
@@ -115,7 +120,8 @@ def _score_table(run: Run, scores: dict[str, Any]) -> str:
         kind='mean',
       )
     )
-  heads = ('task', 'metric', 'best step', '', 'last step', 'constant', '')
+  heads = ['task', 'metric', 'best step', '', 'last step', 'constant']
+  heads.append('best - constant')
   head = ''.join(f'<th>{text}</th>' for text in heads)
   return (
     f'<table class="scores"><tr>{head}</tr>\n' + '\n'.join(rows) + '</table>'
@@ -187,8 +193,18 @@ def _matrix(
   )
 
 
-def _mistakes(name: str, answers: Sequence[dict[str, Any]]) -> str:
-  """Returns some wrong answers of a task, from all over its examples."""
+def _mistakes(
+  name: str,
+  answers: Sequence[dict[str, Any]],
+  seen_of: Callable[[str], tuple[int, int] | None],
+) -> str:
+  """Returns some wrong answers of a task, from all over its examples.
+
+  Args:
+    name: of the task.
+    answers: to all its examples.
+    seen_of: see `Run.seen_of`.
+  """
   wrong = [
     row for row in answers if row['score'] is not None and row['score'] < 100
   ]
@@ -197,7 +213,8 @@ def _mistakes(name: str, answers: Sequence[dict[str, Any]]) -> str:
   apart = max(1, len(wrong) // _MISTAKES)
   blocks = [
     '<div class="mistake">'
-    f'<p class="asked">{_short(row["inputs"], _SHOWN_CHARACTERS)}</p>'
+    f'<p class="asked">{_short(row["inputs"], _SHOWN_CHARACTERS)}'
+    f'{_cut(seen_of(row["inputs"]))}</p>'
     f'<p><span class="tag">right</span>{_short(row["targets"])} '
     f'&emsp;<span class="tag">model</span>{_short(row["prediction"]) or "-"}'
     '</p></div>'
@@ -206,6 +223,16 @@ def _mistakes(name: str, answers: Sequence[dict[str, Any]]) -> str:
   return (
     f'<h3>{html.escape(name)}: {len(wrong):,} of {len(answers):,}</h3>\n'
     + '\n'.join(blocks)
+  )
+
+
+def _cut(seen: tuple[int, int] | None) -> str:
+  """Returns how much of an input the model saw, '' where it saw all."""
+  if seen is None or seen[0] >= seen[1]:
+    return ''
+  return (
+    f' <span class="tag">(the model saw the first {seen[0]:,} of '
+    f'{seen[1]:,} tokens)</span>'
   )
 
 

@@ -3,8 +3,11 @@
 import base64
 import html
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from st_moe.data.downstream.catalog import is_answer_task
 from st_moe.report import answers
 from st_moe.report.run import Run
 
@@ -22,11 +25,16 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 table { border-collapse: collapse; }
 td { padding: 0.15rem 1.5rem 0.15rem 0; vertical-align: top; }
 td:first-child { color: #555; }
+td:nth-child(2):last-child { overflow-wrap: anywhere; }
 img { width: 100%; height: auto; }
 figure { margin: 1rem 0; } figcaption { color: #555; font-size: 0.9rem; }
 pre { background: #f5f5f5; padding: 0.8rem; overflow-x: auto;
-  font-size: 0.85rem; white-space: pre-wrap; }
+  font-size: 0.85rem; }
+.command { overflow-x: auto; } .command span { white-space: nowrap; }
 """
+
+# A picture of so many pixels is as wide as the page, which is so many rem.
+_FULL_PIXELS, _PAGE_REM = 1430, 60.0
 
 # Final numbers: label, name, format.
 _FINAL = (
@@ -72,7 +80,7 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     )
   config = run.info.get('config', {})
   for part, names in _SETTINGS:
-    values = config.get(part, {})
+    values = _in_force(part, config)
     known = [f'{name} {values[name]}' for name in names if name in values]
     if known:
       rows.append((part, ', '.join(known)))
@@ -83,9 +91,32 @@ def _settings(run: Run) -> list[tuple[str, str]]:
   ]
   if known:
     rows.append(('run', ', '.join(known)))
-  if 'command' in run.info:
-    rows.append(('command', ' '.join(run.info['command'])))
   return rows
+
+
+def _in_force(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings of a part, without those that nothing looks at."""
+  values = dict(config.get(part, {}))
+  if part == 'model' and values.get('num_experts') == 0:
+    values.pop('sparse_every', None)
+  if part == 'optimizer' and values.get('schedule') == 'constant':
+    values.pop('warmup_steps', None)
+  if part == 'data':
+    tasks = str(values.get('task', '')).split(',')
+    names = [task.partition(':')[0].strip() for task in tasks]
+    if all(map(is_answer_task, names)):
+      values.pop('objective', None)
+    if values.get('vocabulary') == 'auto' and config.get('initial_checkpoint'):
+      own = 'cache' in names  # which has its own, whatever the weights have
+      values['vocabulary'] = 'of the cache' if own else 'of the weights'
+  return values
+
+
+def _command(words: Sequence[str]) -> str:
+  """Returns a command that is broken between its words only."""
+  spans = (f'<span>{html.escape(shlex.quote(word))}</span>' for word in words)
+  text = f'<code>{" ".join(spans)}</code>'
+  return f'<p>Command:</p>\n<p class="command">{text}</p>'
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -111,10 +142,13 @@ def _samples(run: Run) -> str:
 
 
 def _figure(name: str, content: bytes) -> str:
-  """Returns a picture that is part of the page."""
+  """Returns a picture that is part of the page, all at one scale."""
   data = base64.b64encode(content).decode()
+  pixels = int.from_bytes(content[16:20], 'big')  # the width in a PNG's header
+  widest = min(_PAGE_REM, _PAGE_REM * pixels / _FULL_PIXELS)
   return (
-    f'<figure><img src="data:image/png;base64,{data}" alt="{_CAPTIONS[name]}">'
+    f'<figure><img src="data:image/png;base64,{data}" alt="{_CAPTIONS[name]}" '
+    f'style="max-width:{widest:.1f}rem">'
     f'<figcaption>{_CAPTIONS[name]}</figcaption></figure>'
   )
 
@@ -153,6 +187,7 @@ def render_page(run: Run, title: str, pictures: Mapping[str, bytes]) -> str:
     parts += [
       '<h2>Configuration</h2>',
       _table(settings),
+      _command(run.info['command']) if 'command' in run.info else '',
       f'<details><summary>run.json</summary><pre>{html.escape(full)}</pre>'
       '</details>',
     ]

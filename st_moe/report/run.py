@@ -1,6 +1,7 @@
 """What the files of a work directory say of a run."""
 
 import dataclasses
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from st_moe.best import ANSWERS_FOLDER
+from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.metrics import read_metrics
-from st_moe.workdir import read_json
+from st_moe.workdir import VOCABULARY_FILE, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Run:
     info: run.json, or empty.
     summary: summary.json, or empty.
     answers_folder: of the best step's answers to tasks; may not be there.
+    vocabulary_file: of the run; may not be there.
   """
 
   rows: list[dict[str, Any]]
   info: dict[str, Any]
   summary: dict[str, Any]
   answers_folder: Path = Path(ANSWERS_FOLDER)
+  vocabulary_file: Path = Path(VOCABULARY_FILE)
 
   def column(self, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns steps and values of a scalar; NaN where it was not finite."""
@@ -76,6 +80,29 @@ class Run:
     """The best step, if a score says which that is."""
     return self.summary.get('best', {}).get('step')
 
+  def seen_of(self, text: str) -> tuple[int, int] | None:
+    """Returns how many of an input's tokens the model saw, and of how many.
+
+    The end of the sequence and inserted sentinels are not counted; None where
+    the vocabulary or the length is not known.
+    """
+    data = self.info.get('config', {}).get('data', {})
+    if self._vocabulary is None or 'inputs_length' not in data:
+      return None
+    tokens = len(self._vocabulary.encode(text))
+    room = data['inputs_length'] - 1 - data.get('insert_sentinels', 0)
+    return min(tokens, room), tokens
+
+  @functools.cached_property
+  def _vocabulary(self) -> Vocabulary | None:
+    data = self.info.get('config', {}).get('data', {})
+    extra_ids = data.get('extra_ids', 0)
+    if self.vocabulary_file.is_file():
+      return load_vocabulary(str(self.vocabulary_file), extra_ids)
+    if data.get('vocabulary') == 'byte':
+      return load_vocabulary('byte', extra_ids)
+    return None
+
 
 def read_run(workdir: Path) -> Run:
   """Reads the files of a run.
@@ -88,6 +115,7 @@ def read_run(workdir: Path) -> Run:
     info=_read_if_there(workdir / 'run.json'),
     summary=_read_if_there(workdir / 'summary.json'),
     answers_folder=workdir / ANSWERS_FOLDER,
+    vocabulary_file=workdir / VOCABULARY_FILE,
   )
 
 

@@ -66,6 +66,10 @@ def run_flops(config: RunConfig) -> float:
   return steps_to_train(config) * sum(step_flops(config, 1).values())
 
 
+def _counted(count: int, word: str) -> str:
+  return f'{count} {word}' if count == 1 else f'{count} {word}s'
+
+
 def print_grid(
   study: Study,
   settings: Settings,
@@ -110,15 +114,15 @@ def print_grid(
     rows += [[f'  and scored as {name}', '', '', '', ''] for name in others]
   tables.print_table(
     console,
-    f'each with {len(seeds)} seeds: {", ".join(map(str, seeds))}',
+    f'each with {_counted(len(seeds), "seed")}: {", ".join(map(str, seeds))}',
     ('arm', 'steps', 'tokens a step', 'PFLOP a run', 'time'),
     rows,
   )
   total = sum(run_flops(run.config) for run in todo)
   done = len(runs) - len(todo)
   console.print(
-    f'{len(todo)} runs'
-    + (f' ({done} more are done)' if done else '')
+    _counted(len(todo), 'run')
+    + (f' ({done} more {"is" if done == 1 else "are"} done)' if done else '')
     + f', {total / 1e15:.4g} PFLOP of the model: '
     f'{duration(total / rate.flops)} at {rate.text} '
     f'({rate.flops / 1e12:.3g} TFLOP/s), compiling and scoring not counted'

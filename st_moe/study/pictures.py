@@ -6,6 +6,12 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import (
+  FuncFormatter,
+  LogLocator,
+  MaxNLocator,
+  NullFormatter,
+)
 
 from st_moe.report import BLUE, GREEN, GREY, ORANGE, RED
 
@@ -116,6 +122,9 @@ def _draw_curves(summary: dict[str, Any]) -> Figure:
   _prepare(z_loss, 'Router z-loss, unweighted', 'step')
   z_loss.set_ylabel('logsumexp², mean over sparse layers', fontsize=9)
   z_loss.set_yscale('log')
+  for axes in (loss, z_loss):
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(lambda x, _: f'{x:,.0f}')
   colours = colormaps['turbo'](np.linspace(0.05, 0.95, len(summary['arms'])))
   for arm, colour in zip(summary['arms'], colours, strict=True):
     curve = arm['curve']
@@ -125,9 +134,22 @@ def _draw_curves(summary: dict[str, Any]) -> Figure:
         axes.plot(
           curve['step'], values, color=colour, lw=1.2, label=arm['name']
         )
+  _plain_log_ticks(z_loss)
   handles, labels = loss.get_legend_handles_labels()
   figure.legend(
     handles, labels, loc='outside lower center', ncols=6, fontsize=7,
     frameon=False,
   )  # fmt: skip
   return figure
+
+
+def _plain_log_ticks(axes: Axes) -> None:
+  """Writes the ticks of a log scale as plain numbers, some at any span."""
+  plain = FuncFormatter(lambda value, _: f'{value:.6g}')
+  low, high = axes.get_ylim()
+  if high < 10 * low:  # less than a decade: a log locator may find no tick
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+  else:
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+  axes.yaxis.set_major_formatter(plain)
+  axes.yaxis.set_minor_formatter(NullFormatter())

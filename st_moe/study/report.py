@@ -67,7 +67,9 @@ def _share(stable: int, runs: int) -> str:
 def arms_table(summary: dict[str, Any]) -> list[list[str]]:
   """Returns header and rows: what each arm came to, and the paper's number."""
   digits = summary['metric']['digits']
-  rows = [['arm', 'mean', 'sd', 'stable', 'paper', 'sd', 'stable']]
+  rows = [
+    ['arm', 'mean', 'sd', 'stable', 'paper', "paper's sd", "paper's stable"]
+  ]
   for arm in summary['arms']:
     paper = arm['paper']
     rows.append(
@@ -146,9 +148,10 @@ def claims_table(summary: dict[str, Any]) -> list[list[str]]:
 def _head(summary: dict[str, Any]) -> list[str]:
   """Returns sentences about the whole."""
   seeds = ', '.join(map(str, summary['seeds'])) or 'none yet'
+  word = 'seed' if len(summary['seeds']) == 1 else 'seeds'
   head = [
     f'Stands for {summary["paper"]}. {summary["setting"]}'.strip(),
-    f'Scale {summary["scale"]}, seeds {seeds}. Compared is the '
+    f'Scale {summary["scale"]}, {word} {seeds}. Compared is the '
     f'{summary["metric"]["label"]}.',
     *(f'On {maker}.' for maker in summary['made_by']),
   ]

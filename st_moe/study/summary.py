@@ -35,7 +35,7 @@ def summarize(
     'paper': study.paper,
     'setting': study.setting,
     'scale': scale,
-    'command': record['command'],
+    'command': _command(record['command'], mine),
     'metric': {
       'name': study.metric,
       'label': METRICS[study.metric].label,
@@ -54,6 +54,14 @@ def summarize(
       {', '.join(f'{k} {v}' for k, v in r.made_by.items()) for r in mine}
     ),
   }
+
+
+def _command(command: str, results: Sequence[Result]) -> str:
+  """Returns a command that makes these results, in a folder DIR."""
+  seeds = sorted({result.seed for result in results})
+  if not seeds or seeds != [*range(len(seeds))]:
+    return command  # no --seeds gives these
+  return f'{command} --seeds={len(seeds)} --workdir=DIR'
 
 
 def _values(
@@ -167,6 +175,7 @@ def _claims(
   study: Study, scale: str, results: Sequence[Result]
 ) -> list[dict[str, Any]]:
   rows = []
+  run = {result.arm for result in results}
   for claim in study.claims_at(scale):
     if claim.metric == 'stable':
       interval = verdicts.stability_contrast(claim.contrast, _stable(results))
@@ -175,6 +184,7 @@ def _claims(
         claim.contrast, _values(results, claim.metric)
       )
     text = verdicts.verdict(interval, claim.expects, claim.margin)
+    not_run = [arm for arm in claim.contrast if arm not in run]
     rows.append(
       {
         'text': claim.text,
@@ -186,7 +196,7 @@ def _claims(
         'margin': claim.margin,
         'paper': _paper_contrast(study, scale, claim.contrast, claim.metric),
         'verdict': text,
-        'why': verdicts.reason(interval, claim, text),
+        'why': verdicts.reason(interval, claim, text, not_run),
       }
       | verdicts.as_json(interval)
     )
@@ -200,7 +210,8 @@ def _warnings(
 ) -> list[str]:
   found = []
   if others := len(results) - len(mine):
-    found.append(f'{others} results are of another configuration: left out')
+    are = 'result is' if others == 1 else 'results are'
+    found.append(f'{others} {are} of another configuration: left out')
   if len({result.data for result in mine}) > 1:
     found.append(
       'the runs did not all read the same data: arms may differ for that alone'

@@ -21,6 +21,7 @@ from st_moe.study.declaration import Claim
 CONFIDENCE = 0.95
 AGREES, DISAGREES = 'agrees', 'disagrees'
 UNRESOLVED = 'not resolved at this scale'
+_NAMED_ARMS = 4  # that were not run, of a claim
 Samples = Mapping[str, Mapping[int, float]]  # {arm: {seed: value}}
 
 
@@ -167,8 +168,21 @@ def verdict(interval: Interval, expects: str, margin: float = 0.0) -> str:
   return DISAGREES if high < floor else UNRESOLVED
 
 
-def reason(interval: Interval, claim: Claim, text: str) -> str:
-  """Returns why a verdict is what it is, in a few words."""
+def reason(
+  interval: Interval, claim: Claim, text: str, not_run: Sequence[str] = ()
+) -> str:
+  """Returns why a verdict is what it is, in a few words.
+
+  Args:
+    interval: of the contrast.
+    claim: that is judged.
+    text: the verdict.
+    not_run: arms of the claim of which there is no run yet.
+  """
+  if not_run:
+    named = ', '.join(not_run[:_NAMED_ARMS])
+    more = len(not_run) - _NAMED_ARMS
+    return f'not run yet: {named}' + (f' and {more} more' if more > 0 else '')
   if interval.estimate is None:
     return 'no stable run of an arm'
   if interval.low is None:

@@ -5,7 +5,9 @@ network, and shows the numbers of the JSON because it has no others.
 """
 
 import json
-from collections.abc import Mapping
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from st_moe.trace import statistics
 from st_moe.trace.words import SPACE
 from st_moe.workdir import write_json
 
+# Columns of the table in the terminal that other numbers take, and its width
+# in a pipe.
+_NUMBERS, _PIPE = 54, 130
 _PAGE = Path(__file__).with_name('page.html')
 RULE = {
   'lift': statistics.LIFT,
@@ -49,6 +54,7 @@ def page(trace: Mapping[str, Any]) -> str:
 def print_summary(trace: Mapping[str, Any], console: Console) -> None:
   """Prints one line for each sparse layer."""
   rows = []
+  room = (console.width if console.is_terminal else _PIPE) - _NUMBERS
   for stack, numbers in _stacks(trace):
     for layer in numbers['layers']:
       named = [
@@ -56,7 +62,6 @@ def print_summary(trace: Mapping[str, Any], console: Console) -> None:
         for expert in layer['experts']
         for kind in expert['specialised']
       ]
-      shown = ', '.join(named[:4]) + (', ...' if len(named) > 4 else '')
       rows.append(
         (
           f'{stack} {layer["layer"]}',
@@ -64,16 +69,26 @@ def print_summary(trace: Mapping[str, Any], console: Console) -> None:
           _nats(layer['entropy']['others']),
           f'{layer["max_load"]:.2f}x',
           f'{layer["unrouted_share"]:.2%}',
-          shown or 'none',
+          _as_many_as_fit(named, room),
         )
       )
   print_table(
     console,
-    f'first choices; entropy in nats, {trace["uniform_entropy"]:.2f} is even '
-    f'use of {trace["num_experts"]} experts',
-    ('layer', 'sentinels', 'others', 'max load', 'no expert', 'experts of'),
+    f'entropy of first choices in nats, {trace["uniform_entropy"]:.2f} is even '
+    f'use of {trace["num_experts"]} experts; max load is of all choices',
+    ('layer', 'sentinels', 'others', 'max load', 'no expert', 'takes mostly'),
     rows,
   )
+
+
+def _as_many_as_fit(names: Sequence[str], room: int) -> str:
+  """Returns 'a, b and 3 more' in at most so many characters where it can."""
+  for count in range(len(names), 0, -1):
+    more = len(names) - count
+    text = ', '.join(names[:count]) + (f' and {more} more' if more else '')
+    if len(text) <= room:
+      return text
+  return f'{len(names)} experts' if names else 'none'
 
 
 def _stacks(trace: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -105,7 +120,8 @@ def markdown(trace: Mapping[str, Any]) -> str:
     'of the class. Classes are English word lists and rules of spelling '
     '(`st_moe/trace/words.py`). Typical tokens are ordered by their part of '
     "the divergence of the expert's tokens from all, count x ln(lift); the "
-    'number is the lift.',
+    'number is the lift. A … stands before letters that go on a word, a ␣ '
+    'before other signs that begin one.',
   ]
   return '\n\n'.join(parts) + '\n'
 
@@ -186,15 +202,31 @@ def _layer(numbers: Mapping[str, Any], layer: Mapping[str, Any]) -> str:
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-  lines = [columns, ('---',) * len(columns), *rows]
+  cells = [tuple(cell.replace('|', '\\|') for cell in row) for row in rows]
+  lines = [columns, ('---',) * len(columns), *cells]
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
 def _code(piece: str) -> str:
-  """Returns a piece as code; no bar or backtick may end it or its cell."""
-  text = piece.replace(SPACE, ' ').strip() or 'space'
-  text = text.replace('`', "'").replace('|', '¦').replace('\n', '\\n')
-  return f'`{text}`'
+  """Returns a piece as code, between more backticks than it has."""
+  text = _word(piece).replace('\n', '\\n')
+  fence = '`' * (1 + max(map(len, re.findall('`+', text)), default=0))
+  space = ' ' if len(fence) > 1 else ''  # which markdown takes off again
+  return f'{fence}{space}{text}{space}{fence}'
+
+
+def _word(piece: str) -> str:
+  """Returns a piece by itself, with the marks that the page has.
+
+  A … before letters that go on a word, a ␣ before other signs that begin one.
+  """
+  if piece == SPACE:
+    return '␣'
+  text = piece.replace(SPACE, '')
+  letters = unicodedata.category(text[0])[0] in 'LN' if text else False
+  if letters == piece.startswith(SPACE) or re.fullmatch('<.*>', text):
+    return text
+  return f'…{text}' if letters else f'␣{text}'
 
 
 def _example(example: Mapping[str, str]) -> str:
