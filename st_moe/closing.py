@@ -131,6 +131,6 @@ def _print_text_score(summary: dict[str, Any]) -> None:
   if 'tokens_per_second' in summary:
     used = summary['tokens_per_second']
     print(
-      f'training used {used:,.0f} tokens/s; the data path feeds '
+      f'training used {used:,.0f} tokens/s; the data path alone feeds '
       f'{feed:,.0f} tokens/s ({feed / used:.1f}x)'
     )

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from st_moe import trees
 from st_moe.checkpoint import find_steps, restore_items
 from st_moe.config import DataConfig, ModelConfig, RunConfig, to_dict
-from st_moe.data.vocabularies import load_vocabulary
+from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
 from st_moe.integrity import manifest_hash
 from st_moe.model_directory import FoundModel, find_model
@@ -83,7 +83,8 @@ def with_vocabulary(config: DataConfig, source: FoundModel) -> DataConfig:
   if known is None:
     raise UserError(
       f"{source.path} has no vocabulary, and DataConfig.vocabulary 'auto' "
-      'would train another; give --gin.VOCABULARY=FILE, that of the weights'
+      'would train another; give --gin.DataConfig.vocabulary=FILE, that of the '
+      'weights'
     )
   return dataclasses.replace(config, vocabulary=known)
 
@@ -108,6 +109,22 @@ def check_vocabulary(
     raise UserError(
       f'the vocabulary {config.vocabulary} is not the one that the model in '
       f"{source.path} was trained with; set DataConfig.vocabulary to the run's"
+    )
+
+
+def check_size(
+  vocabulary: Vocabulary, config: DataConfig, model: ModelConfig
+) -> None:
+  """Refuses a vocabulary with more ids than the model has embeddings.
+
+  Raises:
+    UserError: with both numbers.
+  """
+  if vocabulary.vocab_size > model.vocab_size:
+    raise UserError(
+      f'the vocabulary {config.vocabulary} has {vocabulary.vocab_size} ids, '
+      'sentinels included, but ModelConfig.vocab_size is '
+      f"{model.vocab_size}; set DataConfig.vocabulary to the model's"
     )
 
 

@@ -26,7 +26,7 @@ from st_moe.config import DataConfig, ModelConfig, RunConfig
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.decoding import Sampling
 from st_moe.errors import UserError
-from st_moe.initialize import check_vocabulary, with_vocabulary
+from st_moe.initialize import check_size, check_vocabulary, with_vocabulary
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.predictor import Predictor
 from st_moe.train_state import abstract_state, state_shardings
@@ -270,6 +270,7 @@ def predict(
   processes.check_joined()
   find_steps(checkpoint, step)
   vocabulary = _vocabulary(config.data, find_model(checkpoint))
+  check_size(vocabulary, config.data, config.model)
   predictor = Predictor(
     config.model,
     None,

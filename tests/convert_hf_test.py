@@ -356,6 +356,21 @@ def test_flags_that_contradict_the_tensors_are_refused(
   assert not out.exists()
 
 
+def test_a_vocabulary_without_rows_in_the_model_is_refused(
+  tmp_path, capsys, caplog
+):
+  out = tmp_path / 'out'
+  run('convert', 'from-hf', GOLDEN / 't5_v1_1', out, '--no_check')
+  assert f'{out} has no vocabulary: put that file' in caplog.text
+  assert 'as vocabulary.model, or give it' in caplog.text
+  words = ['predict', f'--checkpoint={out}', '--prompt=a']
+  assert main([str(word) for word in words]) == 2
+  assert 'give --gin.DataConfig.vocabulary=FILE' in capsys.readouterr().err
+  assert main([*words, '--gin.DataConfig.vocabulary=byte']) == 2
+  error = capsys.readouterr().err
+  assert 'the vocabulary byte has 359 ids, sentinels included, but' in error
+
+
 def test_what_exists_is_not_overwritten(tmp_path, capsys):
   (tmp_path / 'mine').write_text('here')
   for kind in ('from-hf', 'to-hf'):

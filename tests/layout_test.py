@@ -48,7 +48,7 @@ FLOORS = {
   'workdir': 4,
   'model_directory': 4,
   'model_gin': 4,
-  'report': 4,
+  'report': 5,
   'evaluate': 5,
   'predictor': 5,
   'predict': 6,

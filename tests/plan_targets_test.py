@@ -74,7 +74,7 @@ CUBES = 'or AxBxC in multiples of 4 with A <= B <= C'
       'a100x8',
       f"'a100x8' is no target; did you mean a100-40 or a100-80?; {SAY}",
     ),
-    ('h100', f"'h100' is no target, it has no size; {SAY}"),
+    ('h100', f"'h100' is no target, its size is missing or misspelt; {SAY}"),
     (
       'v5p:3x5x7',
       f"'v5p:3x5x7' is no slice of v5p: shapes are {SMALL_3D}, {CUBES}, up to "

@@ -335,6 +335,13 @@ def test_where_weights_alone_are_too_much_nothing_else_is_suggested():
   found = planning.suggestions(plan)
   assert not any('remat' in each or 'microbatches' in each for each in found)
   assert 'at least 4 times 8' in found[-1]
+  # Stored in parts they are too much, too: no mesh helps.
+  plan = plan_with_memory(plan.least_in_parts - 1)
+  assert planning.suggestions(plan) == [
+    'more devices: weights, optimizer state and gradients need at least 2 '
+    'times 8, if all of them are stored in parts'
+  ]
+  assert plan.as_json()['suggestions'] == planning.suggestions(plan)
   assert plan_with_memory(least).fits is None  # only compiling tells
 
 

@@ -28,7 +28,7 @@ from st_moe.convert.writing import (
   write_model,
 )
 from st_moe.errors import UserError
-from st_moe.workdir import read_json, write_json
+from st_moe.workdir import VOCABULARY_FILE, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -141,8 +141,9 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
   if not vocabulary.is_file():
     log.warning(
       '%s has no %s, so %s has no vocabulary: put that file of the same '
-      'model there, or give it to every command as DataConfig.vocabulary',
-      folder, THEIR_VOCABULARY, output,
+      'model into it as %s, or give it to every command with '
+      '--gin.DataConfig.vocabulary=FILE',
+      folder, THEIR_VOCABULARY, output, VOCABULARY_FILE,
     )  # fmt: skip
   if not args.no_check:
     found = _check_batch(conversion, folder, output, mesh, abstract)

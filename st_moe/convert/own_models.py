@@ -412,13 +412,13 @@ def compare(
     ),
   }
   print(
-    f'fixed batch, nothing dropped: loss {new.loss:.6f}, source '
+    f'fixed random batch, nothing dropped: loss {new.loss:.6f}, source '
     f'{old.loss:.6f}, largest difference of logits '
     f'{result["largest_logit_difference"]:.2e}'
   )
   print(
-    f'fixed batch, as it is set:    loss {with_capacity.loss:.6f}, largest '
-    'difference of logits '
+    f'fixed random batch, as it is set:    loss {with_capacity.loss:.6f}, '
+    'largest difference of logits '
     f'{result["largest_logit_difference_with_capacity"]:.2e}',
     flush=True,
   )

@@ -18,7 +18,7 @@ from st_moe.errors import UserError
 from st_moe.evaluate import outputs
 from st_moe.evaluate.held_out import Evaluator
 from st_moe.evaluate.tasks import TaskEvaluator, named_tasks
-from st_moe.initialize import check_vocabulary, with_vocabulary
+from st_moe.initialize import check_size, check_vocabulary, with_vocabulary
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.train_state import abstract_state, state_shardings
 from st_moe.transformer import EncoderDecoder
@@ -93,6 +93,7 @@ def _evaluate_text(
   data_config = with_vocabulary(config.data, model)
   if data_config.vocabulary != 'auto':  # before text is opened
     own = load_vocabulary(data_config.vocabulary, data_config.extra_ids)
+    check_size(own, data_config, config.model)
     check_vocabulary(own.fingerprint, config.data, model)
   data = open_data(data_config, seed=config.seed, cache_root=None)
   check_vocabulary(data.fingerprint['vocabulary'], config.data, model)
@@ -132,12 +133,7 @@ def _evaluate_tasks(
   data = with_vocabulary(data, model)
   vocabulary = load_vocabulary(data.vocabulary, data.extra_ids)
   check_vocabulary(vocabulary.fingerprint, data, model)
-  if vocabulary.vocab_size > config.model.vocab_size:
-    raise UserError(
-      f'the vocabulary {data.vocabulary} has {vocabulary.vocab_size} ids, '
-      'sentinels included, but ModelConfig.vocab_size is '
-      f"{config.model.vocab_size}; set DataConfig.vocabulary to the model's"
-    )
+  check_size(vocabulary, data, config.model)
   config = dataclasses.replace(config, data=data)
   evaluator = TaskEvaluator(config, vocabulary, mesh)
   if processes.is_leader():

@@ -84,6 +84,13 @@ class Plan:
     return self.resident + self.gradients
 
   @property
+  def least_in_parts(self) -> int:
+    """Bytes of weights and gradients, if all were stored in parts."""
+    bfloat16 = self.config.model.activation_dtype == 'bfloat16'
+    width = 4 + (2 if bfloat16 else 4)
+    return width * self.parameters['total'] // self.target.devices
+
+  @property
   def model_share(self) -> float:
     """Model FLOPs over those of the program."""
     return sum(self.model_flops.values()) / sum(self.program_flops.values())
@@ -143,6 +150,7 @@ class Plan:
         'scratch': self.scratch,
         'peak': self.peak,
         'needs': self.needs,
+        'least': self.least,
         'available': self.available,
       },
       'fits': self.fits,
@@ -154,6 +162,7 @@ class Plan:
         'all': [dataclasses.asdict(c) for c in traffic.collectives],
       },
       'findings': [dataclasses.asdict(each) for each in self.findings],
+      'suggestions': suggestions(self) if self.fits is False else [],
       'compile_seconds': self.compile_seconds,
       'max_rss_bytes': 1024
       * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -287,6 +296,9 @@ def suggestions(plan: Plan) -> list[str]:
   """
   config, available = plan.config, plan.available or 0
   model, mesh = config.model, config.mesh
+  devices = plan.target.devices
+  if plan.least_in_parts > available > 0:  # no mesh of these devices does
+    return [_more_devices(devices, plan.least_in_parts / available)]
   activations_matter = plan.least <= available
   found = []
   if not (mesh.fsdp_dense or mesh.fsdp_experts) and (
@@ -311,13 +323,16 @@ def suggestions(plan: Plan) -> list[str]:
     )
   if plan.mesh['model'] == 1 and model.num_heads % 2 == 0:
     found.append('split layers: --mesh with model=2 or more')
-  devices = plan.target.devices
   if activations_matter or not available:
     found.append(f'more devices than {devices}')
   else:
-    parts = 2 ** math.ceil(math.log2(plan.least / available))
-    found.append(
-      f'more devices: weights, optimizer state and gradients need at least '
-      f'{parts} times {devices}, if all of them are stored in parts'
-    )
+    found.append(_more_devices(devices, plan.least / available))
   return found
+
+
+def _more_devices(devices: int, times: float) -> str:
+  parts = 2 ** math.ceil(math.log2(times))
+  return (
+    f'more devices: weights, optimizer state and gradients need at least '
+    f'{parts} times {devices}, if all of them are stored in parts'
+  )

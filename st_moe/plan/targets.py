@@ -242,7 +242,7 @@ def parse_target(text: str, slices: int = 1) -> Target:
 
 def _hint(written: str, kind: str) -> str:
   if kind in CHIPS:
-    return ', it has no size'
+    return ', its size is missing or misspelt'
   longer = [name for name in CHIPS if written and name.startswith(written)]
   if longer:
     return f'; did you mean {" or ".join(longer)}?'

@@ -17,7 +17,7 @@ from st_moe.config import RunConfig
 from st_moe.data.pipeline import open_data
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
-from st_moe.initialize import check_vocabulary, with_vocabulary
+from st_moe.initialize import check_size, check_vocabulary, with_vocabulary
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.trace import statistics, texts, writing
 from st_moe.trace.recording import record, with_capacity
@@ -201,6 +201,7 @@ def _open(config: RunConfig, request: Request, found: FoundModel) -> _Opened:
   own = None
   if data_config.vocabulary != 'auto':  # before text is opened
     own = load_vocabulary(data_config.vocabulary, data_config.extra_ids)
+    check_size(own, data_config, config.model)
     check_vocabulary(own.fingerprint, config.data, found)
   if request.input is not None:
     if own is None:
