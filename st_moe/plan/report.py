@@ -230,6 +230,9 @@ def _print_flops(console: Console, plan: Plan) -> None:
 
 
 def _print_memory(console: Console, plan: Plan) -> None:
+  there_is = 'there is, for a program'
+  if plan.target.platform == 'cuda':
+    there_is += " (JAX's share of a GPU)"
   sizes = {
     **plan.state,
     'together, always there': plan.resident,
@@ -237,7 +240,7 @@ def _print_memory(console: Console, plan: Plan) -> None:
     "the compiler's buffers within a step": plan.scratch,
     'peak, as the compiler says': plan.peak,
     'the compiler needs': plan.needs or None,
-    'there is, for a program': plan.available,
+    there_is: plan.available,
   }
   known = {name: size for name, size in sizes.items() if size is not None}
   unit, shown = _unit(known.values())
