@@ -2,7 +2,11 @@
 
 import argparse
 import importlib
+import os
 
+import jax
+
+from st_moe import processes
 from st_moe.config import RunConfig
 
 
@@ -17,7 +21,20 @@ def run(args: argparse.Namespace, config: RunConfig | None) -> None:
   Raises:
     UserError: when the source or the output is not what it must be.
   """
+  if not _needs_devices(args) and 'JAX_PLATFORMS' not in os.environ:
+    jax.config.update('jax_platforms', 'cpu')
   module = importlib.import_module(
     f'st_moe.convert.{args.kind.replace("-", "_")}'
   )
   module.run(args, config)
+
+
+def _needs_devices(args: argparse.Namespace) -> bool:
+  """Whether arrays go onto a mesh.
+
+  Else the host does all: the library of an accelerator alone is 0.1 GB, and
+  another program may be using the device.
+  """
+  given = getattr(args, 'mesh', None) is not None
+  bound = args.resolver is not None and args.resolver.binds('MeshConfig')
+  return given or bound or processes.joined()

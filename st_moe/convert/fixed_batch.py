@@ -20,7 +20,7 @@ from st_moe.stacking import depth, sparse_layers
 from st_moe.transformer import apply_model, encode, token_segments
 
 ROWS, INPUTS, TARGETS = 4, 24, 12
-_WORDS = 4096  # of the vocabulary, at a time
+_WORDS = 1024  # of the vocabulary, at a time
 _SEED = 20220217  # the day of the paper
 
 
@@ -169,16 +169,20 @@ def _logits(
 
   The projection is the largest array of most models: one copy is enough.
   """
+  name = 'token_embedder/embedding'
+  if not config.tie_embeddings:
+    name = 'decoder/logits_dense/kernel'
+  weights = read(name)
   parts = []
-  if config.tie_embeddings:
-    table = read('token_embedder/embedding')
-    for start in range(0, config.vocab_size, _WORDS):
-      parts.append(layers.tied_logits(y, table[start : start + _WORDS]))
-  else:
-    kernel = read('decoder/logits_dense/kernel')
-    for start in range(0, config.vocab_size, _WORDS):
-      parts.append(layers.untied_logits(y, kernel[:, start : start + _WORDS]))
-  return np.concatenate([np.asarray(part) for part in parts], axis=-1)
+  for start in range(0, config.vocab_size, _WORDS):
+    words = slice(start, start + _WORDS)
+    if config.tie_embeddings:
+      part = layers.tied_logits(y, weights[words])
+    else:
+      part = layers.untied_logits(y, weights[:, words])
+    # Waits: parts under way at once would each hold a copy of their weights.
+    parts.append(np.asarray(part))
+  return np.concatenate(parts, axis=-1)
 
 
 def _run_stack(
@@ -214,8 +218,10 @@ def _run_stack(
 
   sparse = sparse_layers(config, stack)
   for i in range(depth(config, stack)):
-    x = layer(under(f'{stack}/layers_{i}'), x, i in sparse)
+    # Waits: each layer under way holds a copy of its weights.
+    x = layer(under(f'{stack}/layers_{i}'), x, i in sparse).block_until_ready()
   scale = under(f'{stack}/{stack}_norm')
+  jax.clear_caches()  # the program of a layer is 40 MB, and not needed again
   return norm(config, None).apply({'params': scale}, x)
 
 
