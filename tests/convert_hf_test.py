@@ -281,7 +281,7 @@ def _rename(tensors):
 
 DAMAGES = {
   'missing': (lambda t: t.pop(TENSOR), 'lacks encoder.block.0.layer.0.Self'),
-  'surplus': (_rename, 'has no place for its encoder.block.7'),
+  'surplus': (_rename, 'holds encoder.block.7'),
   'transposed': (
     lambda t: t.update({TENSOR: t[TENSOR].T}),
     'is [12, 15] where the configuration makes it [15, 12]; it seems to be '

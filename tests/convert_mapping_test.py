@@ -75,7 +75,10 @@ def test_what_is_whole_is_counted():
   'changes, message',
   [
     ({'plain': None}, 'here lacks plain'),
-    ({'more': np.zeros(1)}, 'has no place for its more'),
+    (
+      {'more': np.zeros(1)},
+      'holds more, for which the model that it describes has no',
+    ),
     ({'plain': np.zeros((3, 2))}, 'it seems to be transposed'),
     ({'plain': np.zeros((5, 2))}, 'one of them is not of this model'),
     ({'stacked': np.zeros((2, 4, 4))}, 'takes 3 of 4 parts'),

@@ -73,8 +73,8 @@ def test_a_surplus_tensor(tmp_path, capsys):
     lambda names: names.update({'encoder/layers_0/mlp/wi_0/bias': bias}),
   )
   assert refuses(tmp_path, capsys) == (
-    f'error: the model that {HERE} describes has no place for its '
-    'target/encoder/layers_0/mlp/wi_0/bias; nothing was converted: the '
+    f'error: {HERE} holds target/encoder/layers_0/mlp/wi_0/bias, for which the '
+    'model that it describes has no place; nothing was converted: the '
     'configuration does not belong to these tensors'
   )
 

@@ -172,6 +172,7 @@ def test_a_rise_that_stays_is_unstable():
 
 def test_what_is_not_finite_is_unstable():
   assert instability(STEPS, falling(), 3, 400) == '3 steps were not finite'
+  assert instability(STEPS, falling(), 1, 400) == '1 step was not finite'
   losses = falling()
   losses[5] = None
   expected = 'the loss was not finite at step 60'

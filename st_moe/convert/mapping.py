@@ -241,14 +241,14 @@ def check(
     raise ValueError(f'leaves and parameters differ: {set(made) ^ set(shapes)}')
   views = [view for leaf in leaves for view in leaf.views.flat]
   names = {view.name for view in views}
-  _refuse(source, 'lacks', sorted(names - source.tensors.keys()), source)
+  _refuse_missing(source, sorted(names - source.tensors.keys()))
   for leaf in leaves:
     for view in leaf.views.flat:
       _check_shape(source, leaf, view)
   _check_once(source, views)
   reasons = {name: ignored(name) for name in source.tensors.keys() - names}
   surplus = sorted(name for name, reason in reasons.items() if not reason)
-  _refuse(source, 'has no place for', surplus, None)
+  _refuse_surplus(source, surplus)
   return Coverage(
     used=len(names),
     ignored=dict(sorted(reasons.items())),
@@ -256,23 +256,29 @@ def check(
   )
 
 
-def _refuse(
-  source: Source, verb: str, names: Sequence[str], known: Source | None
-) -> None:
+def _refuse_missing(source: Source, names: Sequence[str]) -> None:
   if not names:
     return
-  more = len(names) - _SHOWN
-  shown = ', '.join(names[:_SHOWN]) + (f' and {more} more' if more > 0 else '')
-  hint = did_you_mean(names[0], list(known.tensors)) if known else ''
-  if verb == 'lacks':
-    raise UserError(
-      f'{source.where} lacks {shown}{hint}; fetch the checkpoint again, or '
-      'correct the configuration beside it'
-    )
   raise UserError(
-    f'the model that {source.where} describes {verb} its {shown}; nothing was '
-    'converted: the configuration does not belong to these tensors'
+    f'{source.where} lacks {_first(names)}'
+    f'{did_you_mean(names[0], list(source.tensors))}; fetch the checkpoint '
+    'again, or correct the configuration beside it'
   )
+
+
+def _refuse_surplus(source: Source, names: Sequence[str]) -> None:
+  if not names:
+    return
+  raise UserError(
+    f'{source.where} holds {_first(names)}, for which the model that it '
+    'describes has no place; nothing was converted: the configuration does not '
+    'belong to these tensors'
+  )
+
+
+def _first(names: Sequence[str]) -> str:
+  more = len(names) - _SHOWN
+  return ', '.join(names[:_SHOWN]) + (f' and {more} more' if more > 0 else '')
 
 
 def _check_shape(source: Source, leaf: Leaf, view: View) -> None:

@@ -99,7 +99,8 @@ def _evaluate_text(
   check_vocabulary(data.fingerprint['vocabulary'], config.data, model)
   processes.check_same(data.fingerprint, 'give every process the same data')
   processes.settle()
-  log.info('restoring and scoring')
+  lengths = config.data.inputs_length, config.data.targets_length
+  log.info('restoring, scoring %s inputs and %s targets at a time', *lengths)
   restored = _restore(config, workdir, mesh, step)
   scores: dict[str, Any] = {'step': restored.step, 'task': config.data.task}
   scores |= Evaluator(config, data, mesh).losses(restored.params)

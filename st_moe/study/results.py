@@ -77,7 +77,9 @@ def instability(
     total_steps: of the run.
   """
   if skipped:
-    return f'{skipped} steps were not finite'
+    return (
+      f'{skipped} {"step was" if skipped == 1 else "steps were"} not finite'
+    )
   best, best_step, high_since = math.inf, 0, None
   for before, step, loss in zip([0, *steps], steps, losses, strict=False):
     if loss is None:
