@@ -24,6 +24,7 @@ from st_moe.workdir import (
   MODEL_FILE,
   RUN_FILE,
   VOCABULARY_FILE,
+  check_parents,
   read_json,
   versions,
   write_json,
@@ -108,14 +109,13 @@ def check_output(path: Path) -> None:
   """Refuses a place where a model directory cannot be made; touches nothing.
 
   Raises:
-    UserError: when there is something already, or no folder to hold it.
+    UserError: when there is something already, or nothing can be made there.
   """
   if path.is_dir() and not any(path.iterdir()):
     return
   if path.exists():
     raise UserError(f'{path} exists already; remove it, or name another output')
-  if not path.absolute().parent.is_dir():
-    raise UserError(f'{path}: there is no folder {path.absolute().parent}')
+  check_parents(path, str(path))
 
 
 class ModelWriter:
@@ -140,7 +140,7 @@ class ModelWriter:
     try:
       if processes.is_leader():
         shutil.rmtree(self._temporary, ignore_errors=True)
-        self._temporary.mkdir()
+        self._temporary.mkdir(parents=True)
     except OSError as e:
       raise UserError(f'{path} cannot be written ({e.strerror})') from e
     self._arrays = ArrayWriter(self._temporary / 'checkpoints', step)

@@ -82,7 +82,9 @@ class Texts:
       yield print
       sys.stdout.flush()
       return
-    number, name = tempfile.mkstemp(dir=self.output.absolute().parent)
+    folder = self.output.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    number, name = tempfile.mkstemp(dir=folder)
     try:
       with os.fdopen(number, 'w', encoding='utf-8', newline='\n') as file:
         yield lambda line: print(line, file=file)

@@ -129,11 +129,9 @@ def describe_dispatch(config: RunConfig, mesh: Mesh) -> str:
     tokens, size = rows * length, router.group_size or length
     groups = num_groups(tokens, size, partitioning.batch_shards(mesh))
     log.info(
-      'routing in the %s: %d groups of %d tokens',
-      stack,
-      groups,
-      tokens // groups,
-    )
+      'routing in the %s: %d group%s of %d tokens',
+      stack, groups, 's' * (groups > 1), tokens // groups,
+    )  # fmt: skip
   for stack, router in routers.items():
     if router.eval_dropless and backend.name != 'ragged':
       evaluation = choose(dropless=True)

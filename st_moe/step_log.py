@@ -136,7 +136,8 @@ class StepLog:
       self._writer.write(step, speed)  # apart: differs from run to run
     self._progress.update(step, interval_means(self.rows) | speed, health)
     self.rows.clear()
-    self._started, self._tokens, self._waited = now, 0.0, 0.0
+    # Writing is left out of the step time: the first time it loads a library.
+    self._started, self._tokens, self._waited = time.monotonic(), 0.0, 0.0
 
 
 # Counters and settings, of which a log line shows the latest value.

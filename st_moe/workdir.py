@@ -68,7 +68,7 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
   except (json.JSONDecodeError, UnicodeDecodeError) as e:
     raise UserError(
-      f'{path} is not valid JSON ({e}); restore it or use another --workdir'
+      f'{path} is not valid JSON ({e}); bring back a copy of it'
     ) from e
 
 
@@ -309,6 +309,23 @@ def _writing(path: Path) -> Iterator[None]:
 def _short(value: Any, limit: int = 120) -> str:
   text = value if isinstance(value, str) else json.dumps(value)
   return text if len(text) <= limit else text[: limit - 3] + '...'
+
+
+def check_parents(path: Path, name: str) -> None:
+  """Refuses a place below which nothing can be made; touches nothing.
+
+  Args:
+    path: of an output; folders above it that are missing will be made.
+    name: of the output, for messages.
+
+  Raises:
+    UserError: when what is there above it is a file, or may not be changed.
+  """
+  above = next(p for p in path.absolute().parents if p.exists())
+  if not above.is_dir():
+    raise UserError(f'{name}: {above} is a file; choose another place')
+  if not os.access(above, os.W_OK):
+    raise UserError(f'{name}: {above} may not be changed; choose another place')
 
 
 def check_path(path: Path) -> None:

@@ -10,7 +10,7 @@ from made_models import DENSE, opt_state, read_item, write_run
 from tiny_model import apply, init_params, tiny_batch
 
 from st_moe import losses, trees
-from st_moe.config import OptimizerConfig
+from st_moe.config import OptimizerConfig, RouterConfig
 from st_moe.gin_files import load_config
 from st_moe.main import main
 from st_moe.stacking import unstack_layers
@@ -93,6 +93,23 @@ def test_every_array_of_an_upcycled_model(upcycle, dense):
   for name, value in expected.items():
     np.testing.assert_array_equal(new[name], value, err_msg=name)
   assert load_config([str(output / 'model.gin')]).model.num_experts == 4
+
+
+def test_routers_are_set_as_the_dense_run_says(upcycle, tmp_path):
+  """All but gates and extra FFN, by which the function is kept."""
+  routers = {
+    f'{stack}_router': RouterConfig(
+      group_size=size, gate_normalization='none', extra_ffn='after'
+    )
+    for stack, size in (('encoder', 64), ('decoder', 32))
+  }
+  write_run(tmp_path / 'dense', dataclasses.replace(DENSE, **routers))
+  output = upcycle(*FOUR, source=tmp_path / 'dense')
+  made = load_config([str(output / 'model.gin')]).model
+  for stack, router in routers.items():
+    assert getattr(made, stack) == dataclasses.replace(
+      router, gate_normalization='after_drop', extra_ffn='none'
+    )
 
 
 def test_scanned_and_written_out_models_become_the_same(upcycle, tmp_path):
@@ -282,7 +299,8 @@ def test_errors_one_line_each_and_nothing_written(error, tmp_path):
   (tmp_path / 'there').mkdir()
   (tmp_path / 'there' / 'file').touch()
   assert 'exists already; remove it' in error(output=tmp_path / 'there')
-  assert 'there is no folder' in error(output=tmp_path / 'no' / 'folder')
+  below = tmp_path / 'there' / 'file' / 'below'
+  assert 'is a file; choose another place' in error(output=below)
   assert 'nothing reads macro NOTHING' in error(*FOUR, '--gin.NOTHING=1')
 
 

@@ -44,5 +44,6 @@ def test_what_exists_is_kept(tmp_path):
   (tmp_path / 'file').write_text('mine')
   with pytest.raises(UserError, match='exists already'):
     ModelWriter(tmp_path)
-  with pytest.raises(UserError, match='there is no folder'):
-    ModelWriter(tmp_path / 'no' / 'model')
+  with pytest.raises(UserError, match='file is a file'):
+    ModelWriter(tmp_path / 'file' / 'no' / 'model')
+  assert [path.name for path in tmp_path.iterdir()] == ['file']

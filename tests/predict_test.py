@@ -206,7 +206,7 @@ def test_a_line_that_is_no_text_is_named(error, tmp_path):
     (['--prompt=a', '--input=b'], 'choose one'),
     (['--input=nowhere.txt'], '--input=nowhere.txt: there is no such file'),
     (['--output=/'], '--output=/ is a folder'),
-    (['--output=/no/where'], 'there is no folder /no'),
+    (['--output=/etc/hosts/no'], '/etc/hosts is a file; choose another'),
     (['--temperature=-1'], '--temperature must be 0'),
     (['--temperature=0', '--top_k=3'], '--temperature=0 takes the likeliest'),
     (['--temperature=1', '--num_beams=2'], '--temperature=1.0 draws tokens'),

@@ -431,7 +431,7 @@ def test_a_summary_for_each_layer(run, output, capsys):
   [
     (['--input=nowhere.txt'], '--input=nowhere.txt does not exist'),
     (['--batches=0'], '--batches=0 must be at least 1'),
-    (['--output=no/such'], 'there is no folder'),
+    (['--output=/etc/hosts/no'], '/etc/hosts is a file'),
     (['--step=3'], 'step 3'),
   ],
 )

@@ -182,12 +182,13 @@ def first_good(
     if problem is None:
       return step, value
     problems.append(problem)
-    log.warning(
-      'checkpoint %d is damaged (%s); trying the one before', step, problem
-    )
+    if step != steps[0]:
+      log.warning(
+        'checkpoint %d is damaged (%s); trying the one before', step, problem
+      )
   raise UserError(
     f'no checkpoint in {directory} can be restored: {"; ".join(problems)}; '
-    'start in another work directory, or bring back a copy of the files'
+    'bring back a copy of the files, or start anew in another place'
   )
 
 

@@ -12,6 +12,7 @@ from st_moe.commands import starting
 from st_moe.config import RunConfig
 from st_moe.errors import UserError
 from st_moe.model_gin import gin_file_of, no_model
+from st_moe.workdir import check_parents
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +139,7 @@ def _check_files(args: argparse.Namespace) -> None:
     return
   if Path(args.output).is_dir():
     raise UserError(f'--output={args.output} is a folder; name a file')
-  folder = Path(args.output).absolute().parent
-  if not folder.is_dir():
-    raise UserError(f'--output={args.output}: there is no folder {folder}')
+  check_parents(Path(args.output), f'--output={args.output}')
 
 
 def _check_decoding(args: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from st_moe.bindings import Binding
 from st_moe.config import ModelConfig, RouterConfig
 from st_moe.convert.mapping import LAYER
 from st_moe.convert.own_models import (
@@ -65,9 +66,10 @@ def run(args: argparse.Namespace, config: None) -> None:
   if args.noise < 0:
     raise UserError(f'--noise={args.noise} must be >= 0')
   if (args.experts is None) == (args.num_experts is None):
+    both = '' if args.experts is None else ', not both'
     raise UserError(
-      'give --experts=SPEC or --num_experts=N; see `st_moe convert experts '
-      '--help`'
+      f'give --experts=SPEC or --num_experts=N{both}; see `st_moe convert '
+      'experts --help`'
     )
   source = open_model(Path(args.source), args.step)
   old = source.config.model
@@ -80,8 +82,9 @@ def run(args: argparse.Namespace, config: None) -> None:
   (count,) = {len(of_layer) for of_layer in members.values()}
   target = configure(
     args,
-    model_bindings(source.config) | {'ModelConfig.num_experts': count},
+    model_bindings(source.config),
     str(source.found.gin_file),
+    [Binding('ModelConfig.num_experts', count, f'{count} experts are made')],
   ).model
   check_target(old, target, count)
   for layer, of_layer in members.items():
@@ -220,7 +223,9 @@ def _by_number(
   """Returns whole copies of all experts, or the `count` busiest of a layer."""
   if count > old and count % old == 0:
     return dict.fromkeys(names, tuple((i % old,) for i in range(count)))
-  if count > old or count < 1 or count == old:
+  if count < 1:
+    raise UserError(f'--num_experts={count} must be at least 1')
+  if count >= old:
     raise UserError(
       f'--num_experts={count} is no multiple of the {old} experts that are '
       f'there, nor fewer; give {2 * old}, or say which with --experts'
@@ -335,17 +340,22 @@ def _change(
     if renormalised:
       return None
     return 'copies share the probability of their original, the gate'
-  all_chosen = before.eval_choice_policy == 'all'
-  if most == least and after.num_choices == most * before.num_choices:
-    if all_chosen and (renormalised or before.num_choices > 1):
-      return None
-    if all_chosen and before.gate_normalization == 'none':
-      return None
-    return 'copies share the probability of their original, and its policy'
-  return (
-    'copies take the places of other choices (num_choices = '
-    f'{most * before.num_choices} would choose all copies)'
+  policy, all_copies = before.eval_choice_policy, most * before.num_choices
+  kept = policy == 'all' and (
+    renormalised
+    or before.num_choices > 1
+    or before.gate_normalization == 'none'
   )
+  if most > least or after.num_choices != all_copies:
+    return 'copies take the places of other choices' + (
+      f' (num_choices = {all_copies} would choose all copies)' if kept else ''
+    )
+  if kept:
+    return None
+  by = (
+    '' if policy == 'all' else f", and eval_choice_policy '{policy}' goes by it"
+  )
+  return f'copies share the probability of their original{by}'
 
 
 def make_params(

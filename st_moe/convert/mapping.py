@@ -15,7 +15,7 @@ import collections
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -241,7 +241,7 @@ def check(
     raise ValueError(f'leaves and parameters differ: {set(made) ^ set(shapes)}')
   views = [view for leaf in leaves for view in leaf.views.flat]
   names = {view.name for view in views}
-  _refuse_missing(source, sorted(names - source.tensors.keys()))
+  _refuse_missing(source, names)
   for leaf in leaves:
     for view in leaf.views.flat:
       _check_shape(source, leaf, view)
@@ -256,13 +256,15 @@ def check(
   )
 
 
-def _refuse_missing(source: Source, names: Sequence[str]) -> None:
-  if not names:
+def _refuse_missing(source: Source, wanted: Set[str]) -> None:
+  missing = sorted(wanted - source.tensors.keys())
+  if not missing:
     return
+  unused = sorted(source.tensors.keys() - wanted)
   raise UserError(
-    f'{source.where} lacks {_first(names)}'
-    f'{did_you_mean(names[0], list(source.tensors))}; fetch the checkpoint '
-    'again, or correct the configuration beside it'
+    f'{source.where} lacks {_first(missing)}; fetch the checkpoint again, or '
+    'correct the configuration beside it'
+    f'{did_you_mean(missing[0], unused)}'
   )
 
 

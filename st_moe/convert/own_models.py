@@ -152,8 +152,6 @@ def model_bindings(config: RunConfig) -> dict[str, Any]:
     for name, value in flatten(config).items()
     if name.split('.')[0] in kept
   } | {'RunConfig.steps': config.steps}
-  if not config.model.num_experts:
-    return values
   encoder, decoder = config.model.encoder_router, config.model.decoder_router
   for field in dataclasses.fields(encoder):
     one, other = getattr(encoder, field.name), getattr(decoder, field.name)

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, config: Any) -> None:
   temporary = output.absolute().with_name(f'.{output.name}.writing')
   shutil.rmtree(temporary, ignore_errors=True)
   try:
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     _write_rest(temporary, opened, reason, _main_dtype(opened, args.dtype))
     write_shards(temporary, shards)
     if output.is_dir():

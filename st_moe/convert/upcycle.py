@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, config: None) -> None:
     )
   target = configure(
     args,
-    model_bindings(source.config) | {'ModelConfig.num_experts': 0},
+    _base(source.config),
     str(source.found.gin_file),
     [Binding(name, value, 'upcycle') for name, value in _DEFAULTS.items()],
   )
@@ -117,6 +117,16 @@ def run(args: argparse.Namespace, config: None) -> None:
     },
   )
   write(conversion, output, check=not args.no_check)
+
+
+def _base(dense: RunConfig) -> dict[str, Any]:
+  """Returns the settings of a dense run, but those of which we have our own."""
+  values = model_bindings(dense) | {'ModelConfig.num_experts': 0}
+  return {
+    name: value
+    for name, value in values.items()
+    if name.rpartition('/')[2] not in _DEFAULTS
+  }
 
 
 def check_target(dense: ModelConfig, target: ModelConfig) -> None:

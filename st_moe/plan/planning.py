@@ -323,10 +323,8 @@ def suggestions(plan: Plan) -> list[str]:
     )
   if plan.mesh['model'] == 1 and model.num_heads % 2 == 0:
     found.append('split layers: --mesh with model=2 or more')
-  if activations_matter or not available:
+  if activations_matter or not found:
     found.append(f'more devices than {devices}')
-  else:
-    found.append(_more_devices(devices, plan.least / available))
   return found
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from st_moe.trace import statistics, texts, writing
 from st_moe.trace.recording import record, with_capacity
 from st_moe.train_state import abstract_state, state_shardings
 from st_moe.transformer import EncoderDecoder
+from st_moe.workdir import check_parents
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,7 @@ def check(request: Request) -> None:
   output = request.output
   if output.exists() and not output.is_dir():
     raise UserError(f'--output={output} is a file; name a folder')
-  above = output if output.exists() else output.absolute().parent
-  if not above.is_dir():
-    raise UserError(f'--output={output}: there is no folder {above}')
-  if not os.access(above, os.W_OK):
-    raise UserError(f'--output={output} cannot be written')
+  check_parents(output / 'trace.html', f'--output={output}')
 
 
 def trace(config: RunConfig, request: Request) -> dict[str, Any]:
@@ -141,7 +137,7 @@ def trace(config: RunConfig, request: Request) -> dict[str, Any]:
     'rule': writing.RULE,
   }
   if processes.is_leader():
-    request.output.mkdir(exist_ok=True)
+    request.output.mkdir(parents=True, exist_ok=True)
     writing.write(request.output, result)
     writing.print_summary(result, Console(highlight=False))
     print(f'page: {request.output / "trace.html"}', flush=True)
