@@ -148,13 +148,6 @@ def _give_output_to_the_leader() -> None:
 
   Not to XLA either, whose CPU transport reports every connection there.
   """
-  if not is_leader():
-    import jax
-
-    print(
-      f'process {jax.process_index()} of {jax.process_count()} has joined; '
-      'process 0 prints for all'
-    )
   sys.stdout.flush()
   encoding = sys.stdout.encoding
   terminal = os.dup(1) if is_leader() else os.open(os.devnull, os.O_WRONLY)
