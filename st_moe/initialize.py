@@ -89,6 +89,18 @@ def with_vocabulary(config: DataConfig, source: FoundModel) -> DataConfig:
   return dataclasses.replace(config, vocabulary=known)
 
 
+def with_own_vocabulary(config: DataConfig, source: FoundModel) -> DataConfig:
+  """Replaces the vocabulary of the run that `source` is by the copy it keeps.
+
+  Where a run is used from another folder, or was moved, only that is there.
+  """
+  run = source.run_config()
+  unchanged = run is not None and config.vocabulary == run.data.vocabulary
+  if unchanged and source.vocabulary_spec() is not None:
+    config = dataclasses.replace(config, vocabulary='auto')
+  return with_vocabulary(config, source)
+
+
 def check_vocabulary(
   found: str, config: DataConfig, source: FoundModel
 ) -> None:

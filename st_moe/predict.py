@@ -26,7 +26,7 @@ from st_moe.config import DataConfig, ModelConfig, RunConfig
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.decoding import Sampling
 from st_moe.errors import UserError
-from st_moe.initialize import check_size, check_vocabulary, with_vocabulary
+from st_moe.initialize import check_size, check_vocabulary, with_own_vocabulary
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.predictor import Predictor
 from st_moe.train_state import abstract_state, state_shardings
@@ -167,11 +167,7 @@ def _vocabulary(config: DataConfig, model: FoundModel) -> Vocabulary:
     UserError: it is not known, or not the one of the model.
   """
   given = dataclasses.replace(config, task='text')  # a cache is not opened
-  run = model.run_config()
-  unchanged = run is not None and given.vocabulary == run.data.vocabulary
-  if unchanged and model.vocabulary_spec() is not None:
-    given = dataclasses.replace(given, vocabulary='auto')
-  given = with_vocabulary(given, model)
+  given = with_own_vocabulary(given, model)
   vocabulary = load_vocabulary(given.vocabulary, given.extra_ids)
   check_vocabulary(vocabulary.fingerprint, given, model)
   return vocabulary

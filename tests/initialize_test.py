@@ -188,6 +188,10 @@ def test_the_vocabulary_of_the_weights(tmp_path):
   (tmp_path / 'run' / 'vocabulary.model').touch()
   kept = initialize.with_vocabulary(auto, source).vocabulary
   assert kept == str(tmp_path / 'run' / 'vocabulary.model')
+  given = initialize.with_own_vocabulary(DataConfig(vocabulary='byte'), source)
+  assert given.vocabulary == kept  # what the run was given, and has a copy of
+  other = DataConfig(vocabulary='other.model')
+  assert initialize.with_own_vocabulary(other, source) == other
   (tmp_path / 'bare').mkdir()
   with pytest.raises(UserError, match='has no vocabulary, and DataConfig'):
     initialize.with_vocabulary(auto, find_model(tmp_path / 'bare'))

@@ -18,7 +18,7 @@ from st_moe.errors import UserError
 from st_moe.evaluate import outputs
 from st_moe.evaluate.held_out import Evaluator
 from st_moe.evaluate.tasks import TaskEvaluator, named_tasks
-from st_moe.initialize import check_size, check_vocabulary, with_vocabulary
+from st_moe.initialize import check_size, check_vocabulary, with_own_vocabulary
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.train_state import abstract_state, state_shardings
 from st_moe.transformer import EncoderDecoder
@@ -90,7 +90,7 @@ def _evaluate_text(
   mesh: Mesh,
   step: Step,
 ) -> None:
-  data_config = with_vocabulary(config.data, model)
+  data_config = with_own_vocabulary(config.data, model)
   if data_config.vocabulary != 'auto':  # before text is opened
     own = load_vocabulary(data_config.vocabulary, data_config.extra_ids)
     check_size(own, data_config, config.model)
@@ -131,7 +131,7 @@ def _evaluate_tasks(
   names = ','.join(named_tasks(config))
   # Neither text nor a cache is opened: their vocabularies do not matter.
   data = dataclasses.replace(config.data, task=names)
-  data = with_vocabulary(data, model)
+  data = with_own_vocabulary(data, model)
   vocabulary = load_vocabulary(data.vocabulary, data.extra_ids)
   check_vocabulary(vocabulary.fingerprint, data, model)
   check_size(vocabulary, data, config.model)

@@ -16,7 +16,7 @@ from st_moe.config import RunConfig
 from st_moe.data.pipeline import open_data
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
-from st_moe.initialize import check_size, check_vocabulary, with_vocabulary
+from st_moe.initialize import check_size, check_vocabulary, with_own_vocabulary
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.trace import statistics, texts, writing
 from st_moe.trace.recording import record, with_capacity
@@ -193,7 +193,7 @@ class _Opened:
 
 def _open(config: RunConfig, request: Request, found: FoundModel) -> _Opened:
   """Opens the text that is traced; its vocabulary is the model's."""
-  data_config = with_vocabulary(config.data, found)
+  data_config = with_own_vocabulary(config.data, found)
   own = None
   if data_config.vocabulary != 'auto':  # before text is opened
     own = load_vocabulary(data_config.vocabulary, data_config.extra_ids)

@@ -157,7 +157,10 @@ def find_file(name: str, split: str, config: DataConfig) -> Path:
   _check_split(name, split)
   root = Path(config.task_dir or '').expanduser()
   if not root.is_dir():
-    raise UserError(f'DataConfig.task_dir: there is no folder {root}')
+    raise UserError(
+      f'DataConfig.task_dir: there is no folder {root} (from {Path.cwd()}); '
+      'say where the files are: --gin.DataConfig.task_dir=FOLDER'
+    )
   benchmark = name.partition('.')[0]
   path = files.find(root, split) or files.find(root / benchmark, split)
   if path is None:
