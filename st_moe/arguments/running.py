@@ -60,7 +60,7 @@ def add_evaluate(subparsers: Any) -> Parser:
     subparsers,
     'evaluate',
     'score a checkpoint: on held-out text, its own or other, or on tasks with '
-    'answers, each by its metrics (macros are those of '
+    'answers, each by its metrics (with --gin.TASK macros are those of '
     'gin_configs/runs/evaluate.gin)',
     '--checkpoint=runs/cb --gin.TASK=superglue.cb --gin.TASK_DIR=superglue',
   )
