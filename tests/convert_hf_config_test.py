@@ -77,6 +77,10 @@ REFUSED = [
     'routers have no bias here',
   ),
   (
+    {'model_type': 'switch_transformers', 'expert_capacity': -3},
+    'config.json: RouterConfig.fixed_capacity must be > 0, got -3',
+  ),
+  (
     {'model_type': 't5', 'quantization_config': {'bits': 8}},
     'quantization_config is set',
   ),

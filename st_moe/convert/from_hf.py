@@ -83,6 +83,9 @@ def understand(folder: Path, resolver: Resolver | None = None) -> Conversion:
     return copies.get(name) or hf_names.why_unused(name)
 
   coverage = check(leaves, parameter_shapes(model), source, ignored)
+  used = (source.tensors[v.name] for leaf in leaves for v in leaf.views.flat)
+  stored = {(tensor.file, tensor.stored_as) for tensor in used}  # once each
+  coverage = dataclasses.replace(coverage, used=len(stored))
   return Conversion(described, source, model, leaves, coverage)
 
 

@@ -274,22 +274,6 @@ def model_config(config: HfConfig, *, tied: bool) -> ModelConfig:
   encoder = config['num_layers']
   decoder = config['num_decoder_layers']
   decoder = encoder if decoder is None else decoder
-  experts: dict[str, Any] = {'num_experts': 0}
-  if config.model_type == 'switch_transformers':
-    router = dataclasses.replace(
-      ROUTER_PRESETS['hf_switch'],
-      fixed_capacity=config['expert_capacity'],
-      jitter=float(config['router_jitter_noise']),
-      dtype=config['router_dtype'],
-      z_loss_weight=config['router_z_loss_coef'],
-      balance_loss_weight=config['router_aux_loss_coef'],
-    )
-    experts = {
-      'num_experts': config['num_experts'],
-      'encoder_router': router,
-      'decoder_router': router,
-      **_placement(config, encoder, decoder),
-    }
   try:
     return ModelConfig(
       num_encoder_layers=encoder,
@@ -298,12 +282,32 @@ def model_config(config: HfConfig, *, tied: bool) -> ModelConfig:
       tie_embeddings=tied,
       dropout_rate=float(config['dropout_rate']),
       **{name: config[name] for name in _SAME},
-      **experts,
+      **_experts(config, encoder, decoder),
     )
   except UserError as e:
     if config.where in str(e):
       raise
     raise UserError(f'{config.where}: {e}') from e
+
+
+def _experts(config: HfConfig, encoder: int, decoder: int) -> dict[str, Any]:
+  """Returns the fields that say where experts are, and their routers."""
+  if config.model_type != 'switch_transformers':
+    return {'num_experts': 0}
+  router = dataclasses.replace(
+    ROUTER_PRESETS['hf_switch'],
+    fixed_capacity=config['expert_capacity'],
+    jitter=float(config['router_jitter_noise']),
+    dtype=config['router_dtype'],
+    z_loss_weight=config['router_z_loss_coef'],
+    balance_loss_weight=config['router_aux_loss_coef'],
+  )
+  return {
+    'num_experts': config['num_experts'],
+    'encoder_router': router,
+    'decoder_router': router,
+    **_placement(config, encoder, decoder),
+  }
 
 
 # The other way

@@ -192,9 +192,9 @@ def _say(
   """Prints what was written and how it is used."""
   entries = [entry for shard in shards.values() for entry in shard]
   log.info(
-    '%d parameters used, %d tensors filled in %d file(s), %.2f GB',
+    '%d parameters used, %d tensors filled in %d file(s), %.1f MB',
     len(leaves), len(entries), len(shards),
-    sum(entry.nbytes for entry in entries) / 1e9,
+    sum(entry.nbytes for entry in entries) / 1e6,
   )  # fmt: skip
   log.info('wrote %s of step %d', output, opened.reader.step)
   if reason is not None:
