@@ -99,8 +99,10 @@ def _evaluate_text(
   check_vocabulary(data.fingerprint['vocabulary'], config.data, model)
   processes.check_same(data.fingerprint, 'give every process the same data')
   processes.settle()
-  lengths = config.data.inputs_length, config.data.targets_length
-  log.info('restoring, scoring %s inputs and %s targets at a time', *lengths)
+  log.info(
+    'restoring; scoring rows of %d inputs and %d targets',
+    *config.data.lengths.values(),
+  )
   restored = _restore(config, workdir, mesh, step)
   scores: dict[str, Any] = {'step': restored.step, 'task': config.data.task}
   scores |= Evaluator(config, data, mesh).losses(restored.params)

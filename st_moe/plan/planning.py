@@ -75,8 +75,7 @@ class Plan:
   def gradients(self) -> int:
     """Bytes of all gradients, in the dtype of activations."""
     weights = self.state['dense weights'] + self.state['expert weights']
-    bfloat16 = self.config.model.activation_dtype == 'bfloat16'
-    return weights // 2 if bfloat16 else weights
+    return weights // 4 * self._gradient_width
 
   @property
   def least(self) -> int:
@@ -86,9 +85,13 @@ class Plan:
   @property
   def least_in_parts(self) -> int:
     """Bytes of weights and gradients, if all were stored in parts."""
-    bfloat16 = self.config.model.activation_dtype == 'bfloat16'
-    width = 4 + (2 if bfloat16 else 4)
+    width = 4 + self._gradient_width
     return width * self.parameters['total'] // self.target.devices
+
+  @property
+  def _gradient_width(self) -> int:
+    """Bytes of a number of a gradient; a weight has 4."""
+    return 2 if self.config.model.activation_dtype == 'bfloat16' else 4
 
   @property
   def model_share(self) -> float:
