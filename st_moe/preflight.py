@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from st_moe import partitioning
-from st_moe.config import RunConfig
+from st_moe.config import ModelConfig, RunConfig
 from st_moe.errors import UserError
 from st_moe.experts import choose_backend
 from st_moe.routing import num_groups
@@ -32,7 +32,7 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
   Raises:
     UserError: with both numbers.
   """
-  model, shape = config.model, mesh.shape
+  model = config.model
   if vocabulary_size > model.vocab_size:
     rows = _ROWS * math.ceil(vocabulary_size / _ROWS)
     raise UserError(
@@ -48,6 +48,11 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
       f'{partitioning.batch_shards(mesh)} data shards x {config.microbatches} '
       f'microbatches = {parts}'
     )
+  check_model_divides(model, mesh)
+
+
+def check_model_divides(model: ModelConfig, mesh: Mesh) -> None:
+  """Raises UserError if a model cannot be divided evenly over a mesh."""
   divisions = [
     ('num_heads', model.num_heads, 'model'),
     ('d_ff', model.d_ff, 'model'),
@@ -57,10 +62,10 @@ def check_run(config: RunConfig, vocabulary_size: int, mesh: Mesh) -> None:
     divisions.append(('num_experts', model.num_experts, 'expert'))
     divisions.append(('expert_d_ff', model.expert_d_ff or model.d_ff, 'model'))
   for name, size, axis in divisions:
-    if size % shape[axis]:
+    if size % mesh.shape[axis]:
       raise UserError(
         f'ModelConfig.{name} {size} is not divisible by MeshConfig.{axis} '
-        f'{shape[axis]}'
+        f'{mesh.shape[axis]}'
       )
 
 

@@ -44,6 +44,25 @@ def test_buckets_of_a_causal_stack():
   assert (buckets(distance, bidirectional=False) == 0).all()
 
 
+def test_an_odd_bucket_is_the_last_of_a_causal_stack_and_never_used_else():
+  # 7 of them: 3 + 4 for one direction; 1 + 2 for each of two.
+  distance = np.arange(40)
+  one = attention.relative_position_bucket(
+    jnp.asarray(-distance), bidirectional=False, num_buckets=7, max_distance=48
+  )
+  starts = [0, 1, 2, 3, 6, 12, 24]  # factors of (48 / 3)^(1/4)
+  np.testing.assert_array_equal(
+    one, np.searchsorted(starts, distance, side='right') - 1
+  )
+  two = attention.relative_position_bucket(
+    jnp.asarray([-40, -7, -1, 0, 1, 7, 40]),
+    bidirectional=True,
+    num_buckets=7,
+    max_distance=48,
+  )
+  np.testing.assert_array_equal(two, [2, 2, 1, 0, 4, 5, 5])
+
+
 @pytest.mark.parametrize('num_buckets, max_distance', [(1, 128), (32, 16)])
 def test_buckets_without_room_are_refused(num_buckets, max_distance):
   with pytest.raises(UserError, match='buckets'):

@@ -145,8 +145,8 @@ def test_a_value_out_of_range_is_refused_with_the_range(cls, fields, message):
     ),
     (
       ModelConfig,
-      {'relative_attention_num_buckets': 7},
-      'relative_attention_num_buckets must be even and >= 4, got 7',
+      {'relative_attention_num_buckets': 3},
+      'relative_attention_num_buckets must be at least 4, got 3',
     ),
     (
       ModelConfig,

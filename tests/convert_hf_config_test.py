@@ -93,6 +93,23 @@ def test_what_we_cannot_hold_is_refused(content, message, tmp_path):
     hf_config.model_config(read(tmp_path, **content), tied=True)
 
 
+def test_a_file_that_contradicts_itself_is_read_as_transformers_reads_it(
+  tmp_path, caplog
+):
+  content = {'model_type': 't5', 'feed_forward_proj': 'gated-gelu'}
+  agreed = read(tmp_path, **content, dense_act_fn='gelu_new', is_gated_act=True)
+  model = hf_config.model_config(agreed, tied=False)
+  assert model.mlp_activations == ('gelu', 'linear')
+  assert not caplog.text
+  disagreed = read(tmp_path, **content, dense_act_fn='relu')
+  model = hf_config.model_config(disagreed, tied=False)
+  assert model.mlp_activations == ('relu', 'linear')
+  assert (
+    "feed_forward_proj 'gated-gelu' and dense_act_fn 'relu' with is_gated_act "
+    'True contradict each other'
+  ) in caplog.text
+
+
 def test_whether_the_output_is_scaled_follows_the_version(tmp_path):
   # As transformers 4 and 5 write T5 v1.1.
   assert not read(

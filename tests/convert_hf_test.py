@@ -127,7 +127,7 @@ ODD_SIZES = {
   'd_kv': 7,
   'd_ff': 45,
   'num_heads': 5,
-  'relative_attention_num_buckets': 16,
+  'relative_attention_num_buckets': 17,
   'relative_attention_max_distance': 50,
 }
 
@@ -340,10 +340,27 @@ def test_copies_of_the_embedding_and_the_unused_bias_are_passed_over(
   ) in caplog.text
 
 
+def test_an_embedding_under_its_second_name_is_used_not_passed_over(
+  tmp_path, caplog
+):
+  source = copy('t5_relu_tied', tmp_path)
+
+  def rename(tensors):
+    tensors['encoder.embed_tokens.weight'] = tensors.pop('shared.weight')
+
+  edit_tensors(source, rename)
+  run('convert', 'from-hf', source, tmp_path / 'out', '--no_check')
+  assert ' tensors used, 0 passed over, ' in caplog.text
+
+
 CONTRADICTIONS = [
   ('--gin.ModelConfig.d_model=16', 'd_model 16 contradicts'),
   ('--gin.ModelConfig.tie_embeddings=True', 'which says False'),
   ('--mesh=expart=2', "'expart=2' is not AXIS=SIZE"),
+  (
+    '--mesh=data=4,expert=1,model=2',
+    'ModelConfig.num_heads 3 is not divisible by MeshConfig.model 2',
+  ),
 ]
 
 

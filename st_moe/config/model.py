@@ -75,8 +75,8 @@ class ModelConfig(Checked):
     self.require_rate('dropout_rate')
     buckets = self.relative_attention_num_buckets
     self.require(
-      buckets >= 4 and buckets % 2 == 0,
-      f'relative_attention_num_buckets must be even and >= 4, got {buckets}',
+      buckets >= 4,
+      f'relative_attention_num_buckets must be at least 4, got {buckets}',
     )
     self.require(
       self.relative_attention_max_distance > buckets // 2,

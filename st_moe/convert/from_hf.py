@@ -85,7 +85,15 @@ def understand(folder: Path, resolver: Resolver | None = None) -> Conversion:
   coverage = check(leaves, parameter_shapes(model), source, ignored)
   used = (source.tensors[v.name] for leaf in leaves for v in leaf.views.flat)
   stored = {(tensor.file, tensor.stored_as) for tensor in used}  # once each
-  coverage = dataclasses.replace(coverage, used=len(stored))
+  passed_over = {
+    name: reason
+    for name, reason in coverage.ignored.items()
+    if (source.tensors[name].file, source.tensors[name].stored_as)
+    not in stored  # else it is the one stored, under another name
+  }
+  coverage = dataclasses.replace(
+    coverage, used=len(stored), ignored=passed_over
+  )
   return Conversion(described, source, model, leaves, coverage)
 
 

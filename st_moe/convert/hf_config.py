@@ -5,6 +5,7 @@ oddities included; what one side cannot hold is refused.
 """
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from st_moe.config import ROUTER_PRESETS, ModelConfig, RouterConfig
 from st_moe.errors import UserError, did_you_mean
 from st_moe.stacking import sparse_layers
 from st_moe.workdir import read_json
+
+log = logging.getLogger(__name__)
 
 CONFIG_FILE = 'config.json'
 
@@ -193,8 +196,15 @@ def _activations(config: HfConfig) -> tuple[str, ...]:
     name, gated = text.removeprefix('gated-'), text.startswith('gated-')
     if text == 'gated-gelu':
       name = 'gelu_new'  # transformers does so for old files
+    said = name, gated
     name = config.given.get('dense_act_fn', name)
     gated = config.given.get('is_gated_act', gated)
+    if (_ACTIVATIONS.get(name), gated) != (_ACTIVATIONS.get(said[0]), said[1]):
+      log.warning(
+        '%s: feed_forward_proj %r and dense_act_fn %r with is_gated_act %s '
+        'contradict each other; the latter two hold, as in transformers',
+        config.where, text, name, gated,
+      )  # fmt: skip
   if name not in _ACTIVATIONS:
     why = (
       'it is the exact one, where T5 and this code have the tanh form '

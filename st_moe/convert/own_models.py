@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import track
 
 from st_moe import losses, trees
 from st_moe.best import Step
@@ -23,7 +22,7 @@ from st_moe.checkpoint import ArrayReader, find_steps
 from st_moe.config import ModelConfig, RunConfig
 from st_moe.convert import fixed_batch, mapping
 from st_moe.convert.mapping import Index, Leaf, View
-from st_moe.convert.writing import next_step, parameter_shapes
+from st_moe.convert.writing import next_step, parameter_shapes, progress
 from st_moe.errors import UserError
 from st_moe.gin_files import read_bindings
 from st_moe.integrity import manifest_hash
@@ -324,7 +323,7 @@ def write(conversion: Conversion, output: Path, *, check: bool) -> None:
   }
   with ModelWriter(output, source.reader.step) as writer:
     for item, computed, item_leaves in items:
-      for leaf in track(item_leaves, f'writing {item}', transient=True):
+      for leaf in progress(item_leaves, f'writing {item}'):
         value = mapping.read_leaf(computed, leaf)
         dtype = computed.tensors[leaf.views.flat[0].name].dtype
         writer.add(item, leaf.name, value.astype(dtype))

@@ -6,7 +6,7 @@ import functools
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from st_moe.arguments import parse_mesh
 from st_moe.config import MeshConfig, ModelConfig, RunConfig
 from st_moe.convert.mapping import Leaf, Source, read_leaf
 from st_moe.model_directory import MODEL_FILE, ModelWriter, find_model
+from st_moe.preflight import check_model_divides
 from st_moe.train_state import abstract_state, state_shardings
 from st_moe.transformer import EncoderDecoder
 
@@ -39,7 +40,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def abstract_params(
   config: ModelConfig, mesh: Mesh, mesh_config: MeshConfig
 ) -> Any:
-  """Returns the parameters' shapes with their placement on a mesh."""
+  """Returns the parameters' shapes with their placement on a mesh.
+
+  Raises:
+    UserError: when the model cannot be divided so.
+  """
+  check_model_divides(config, mesh)
   abstract = abstract_state(RunConfig(model=config), EncoderDecoder(config))
   shardings = state_shardings(abstract, mesh, mesh_config)
   return abstract.with_shardings(shardings).params
@@ -82,8 +88,11 @@ def load_params(
   return trees.like(abstract_params, values)
 
 
-def _shows_progress() -> bool:
-  return processes.is_leader() and sys.stdout.isatty()
+def progress(leaves: Sequence[Leaf], title: str) -> Iterable[Leaf]:
+  """Returns the leaves, with a bar where a person watches one process."""
+  if not (processes.is_leader() and sys.stdout.isatty()):
+    return leaves  # rich would end a hidden bar with an empty line
+  return track(leaves, title, transient=True)
 
 
 def write_model(
@@ -117,9 +126,7 @@ def write_model(
   """
   shapes = trees.by_name(abstract_params) if abstract_params else {}
   with ModelWriter(output, step) as writer:
-    for leaf in track(
-      leaves, 'converting', disable=not _shows_progress(), transient=True
-    ):
+    for leaf in progress(leaves, 'converting'):
       if shapes:
         value = place_leaf(source, leaf, shapes[leaf.name].sharding)
       else:
