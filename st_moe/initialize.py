@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from st_moe import trees
-from st_moe.checkpoint import find_steps, restore_items
+from st_moe.checkpoint import check_newest, find_steps, restore_items
 from st_moe.config import DataConfig, ModelConfig, RunConfig, to_dict
 from st_moe.data.vocabularies import Vocabulary, load_vocabulary
 from st_moe.errors import UserError
@@ -25,7 +25,12 @@ from st_moe.integrity import manifest_hash
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.optimizer import at_step_0
 from st_moe.stacking import STACKS, stack_layers, unstack_layers
-from st_moe.train_state import TrainState, abstract_state, state_shardings
+from st_moe.train_state import (
+  AbstractState,
+  TrainState,
+  abstract_state,
+  state_shardings,
+)
 from st_moe.train_step import StepProgram
 from st_moe.transformer import EncoderDecoder
 from st_moe.workdir import differences
@@ -140,6 +145,20 @@ def check_size(
     )
 
 
+def check_shapes(config: RunConfig) -> None:
+  """Refuses weights of another model; reads none of them.
+
+  Raises:
+    UserError: when names or shapes differ, or nothing of this model is to be
+      trained.
+  """
+
+  def wanted(stored: dict[str, Any]) -> Any:
+    return _shapes(config, _is_scanned(stored)).shapes.params
+
+  check_newest(Path(config.initial_checkpoint), config.initial_step, wanted)
+
+
 def initial_state(
   config: RunConfig, program: StepProgram, source: FoundModel, mesh: Mesh
 ) -> InitialState:
@@ -159,7 +178,7 @@ def initial_state(
 
   def wanted(stored: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Returns the trees to read, in the form in which they are stored."""
-    scanned = any('/superblocks/' in name for name in stored['params'])
+    scanned = _is_scanned(stored['params'])
     scans[:] = [scanned]
     abstract = _in_stored_form(config, program, scanned, mesh)
     trees_wanted = {'params': abstract.params}
@@ -222,10 +241,18 @@ def _in_stored_form(
   """
   if program is not None and scanned == config.model.scan_layers:
     return program.abstract
+  shapes = _shapes(config, scanned)
+  return shapes.with_shardings(state_shardings(shapes, mesh, config.mesh))
+
+
+def _is_scanned(stored: dict[str, Any]) -> bool:
+  return any('/superblocks/' in name for name in stored)
+
+
+def _shapes(config: RunConfig, scanned: bool) -> AbstractState:
   model = dataclasses.replace(config.model, scan_layers=scanned)
   stored = dataclasses.replace(config, model=model)
-  shapes = abstract_state(stored, EncoderDecoder(model))
-  return shapes.with_shardings(state_shardings(shapes, mesh, config.mesh))
+  return abstract_state(stored, EncoderDecoder(model))
 
 
 def _optimizer_difference(

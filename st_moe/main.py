@@ -95,7 +95,7 @@ def _stop_at_once(number, frame) -> None:
   The loop has its own handler. An exception would not do: it may be raised
   inside a library's callback, and is lost there.
   """
-  print('SIGTERM: nothing had to be saved; go on with:')
+  print('SIGTERM: nothing had to be saved; start it again with:')
   print(f'  {shlex.join([*program(), *sys.argv[1:]])}', flush=True)
   os._exit(0)
 

@@ -174,6 +174,8 @@ def _open(
     UserError: when data, model, mesh and weights do not go together.
   """
   data_config, source = _beginnings(config, workdir)
+  if source:  # which is quick, and reading the data may not be
+    initialize.check_shapes(config)
   data = open_data(data_config, seed=config.seed, cache_root=None)
   check_run(config, data.vocabulary.vocab_size, mesh)
   if source:

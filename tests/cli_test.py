@@ -154,7 +154,9 @@ def test_sigterm_before_the_first_step_ends_with_0(tmp_path):
   process.send_signal(signal.SIGTERM)
   rest, errors = process.communicate()
   assert first == 'loading JAX\n'
-  assert rest.startswith('SIGTERM: nothing had to be saved; go on with:\n')
+  assert rest.startswith(
+    'SIGTERM: nothing had to be saved; start it again with:\n'
+  )
   assert rest.endswith('--workdir=w --gin_file=runs/quickstart.gin\n')
   assert (process.returncode, errors) == (0, '')
 

@@ -82,7 +82,16 @@ def test_a_table_and_every_answer(model, files, tmp_path, capsys):
     'superglue.cb/accuracy', 'superglue.cb/f1', 'superglue.wsc/accuracy',
     'score')}  # fmt: skip
   start = lines.index(
-    ['task', 'split', 'examples', 'no answer', 'metric', 'model', 'constant']
+    [
+      'task',
+      'split',
+      'examples',
+      'no answer',
+      'metric',
+      'model',
+      'constant',
+      'which is',
+    ]
   )
   table = [[cell for cell in row if cell] for row in lines[start + 1 :]]
   assert table[:4] == [
@@ -111,7 +120,29 @@ def test_a_table_and_every_answer(model, files, tmp_path, capsys):
   assert read(model / 'evaluations.jsonl')[-1] == record
   assert record['step'] == 7
   assert record['evaluation']['method'] == 'rank'
+  assert record['evaluation']['batch_size'] == 8
+  assert record['tasks']['superglue.cb']['labelled'] == 4
   assert not (model / 'evaluations').exists()
+
+
+def test_examples_without_a_label_are_answered_and_not_counted(
+  model, files, tmp_path, capsys
+):
+  path = files / 'CB' / 'val.jsonl'
+  first, *rest = path.read_text().splitlines()
+  row = json.loads(first)
+  del row['label']
+  path.write_text('\n'.join([json.dumps(row), *rest]) + '\n')
+  out = tmp_path / 'out'
+  flags = ['--gin.TASK=superglue.cb', f'--output={out}']
+  assert main(command(model, files, *flags)) == 0
+  assert re.search(
+    r'superglue\.cb +validation +3 of 4 ', capsys.readouterr().out
+  )
+  record = json.loads((out / 'scores.json').read_text())['tasks']
+  assert record['superglue.cb']['examples'] == 4
+  assert record['superglue.cb']['labelled'] == 3
+  assert len(read(out / 'superglue.cb.jsonl')) == 4
 
 
 def test_a_submission_answers_the_test_split(model, files, tmp_path, capsys):
@@ -143,6 +174,8 @@ def test_a_submission_answers_the_test_split(model, files, tmp_path, capsys):
   ('flags', 'message'),
   [
     (['--gin.TASK=superglue.cd'], "unknown task 'superglue.cd'"),
+    (['--gin.TASK=superglue.cd', '--output=s'], 'did you mean superglue.cb'),
+    (['--gin.TASK=superglue.cb,superglue.cd'], "unknown task 'superglue.cd'"),
     (['--gin.SPLIT=dev'], "task 'superglue.cb' has no split 'dev'"),
     (['--gin.SPLIT=train'], "task 'superglue.cb': there is no CB/train.jsonl"),
     (['--gin.TASK_DIR=nowhere'], 'DataConfig.task_dir: there is no folder'),

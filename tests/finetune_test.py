@@ -86,6 +86,23 @@ def cb(tmp_path):
   ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('--gin.ModelConfig.d_model=24', 'does not fit this configuration'),
+    ('--gin.TRAINABLE=router_', "'router_' matches no parameter"),
+  ],
+)
+def test_weights_are_checked_before_data_is_read(
+  flag, message, tmp_path, cb, capsys
+):
+  flags = [flag, f'--gin.TASK_DIR={tmp_path}/not_there']
+  assert main(['finetune', *cb, *flags]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count('\n') == 1
+  assert not (tmp_path / 'run' / 'checkpoints').exists()
+
+
 def test_tasks_are_scored_while_a_model_is_tuned(tmp_path, cb, capsys):
   run = tmp_path / 'run'
   flags = ['--gin.STEPS=4', '--gin.DataConfig.targets_length=16']

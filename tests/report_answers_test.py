@@ -121,6 +121,19 @@ def test_scores_stand_beside_the_constant_answer_and_the_last_step(workdir):
   assert 'Step 20, the best by <code>eval/score</code> (45), and' in page
 
 
+def test_a_best_step_that_is_the_last_has_one_column(workdir):
+  path = workdir / 'summary.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'step': 20}))
+  page = write_report(workdir).read_text()
+  (table,) = re.findall(r'<table class="scores">.*?</table>', page, re.S)
+  head, first, *_ = re.findall(r'<tr.*?</tr>', table, re.S)
+  assert cells(head) == [
+    'task', 'metric', 'best step', '', 'constant', 'best - constant',
+  ]  # fmt: skip
+  assert cells(first) == [CB, 'f1', '60.00', '', '25.00', '+35.00']
+  assert '<code>eval/score</code> (45), and the last. Scores' in page
+
+
 def test_labels_are_counted_right_against_given(workdir):
   page = write_report(workdir).read_text()
   (table,) = re.findall(r'<table class="matrix">.*?</table>', page, re.S)

@@ -50,7 +50,7 @@ def test_a_finished_run_has_pictures_and_a_page(tmp_path):
   }
   (tmp_path / 'summary.json').write_text(json.dumps(summary))
   info = {
-    'command': ['st_moe', 'pretrain', '--workdir=<here>'],
+    'command': ['/opt/bin/st_moe', 'pretrain', '--workdir=<here>'],
     'parameters': {'total': 1234567, 'expert': 1000000},
     'config': {'steps': 30, 'model': {'num_experts': 4, 'd_model': 64}},
   }

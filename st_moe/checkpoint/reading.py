@@ -303,6 +303,34 @@ def restore_items(
   return RestoredItems(good, directory / str(good), items)
 
 
+def check_newest(
+  path: Path,
+  step: Step,
+  wanted: Callable[[dict[str, Any]], Any],
+) -> None:
+  """Refuses a checkpoint of another model, as `restore_items` would.
+
+  Reads no array. What is damaged is left to the reading.
+
+  Args:
+    path: directory of checkpoints, or the work directory that holds it.
+    step: which, or 'best'; None for the newest.
+    wanted: given the description of each stored parameter by name, returns a
+      tree of ShapeDtypeStructs.
+
+  Raises:
+    UserError: when there is none, or it does not fit what is wanted.
+  """
+  silence_orbax()
+  directory, steps = find_steps(path, step)
+
+  def check(step_directory: Path) -> None:
+    params = wanted(describe(step_directory, 'params'))
+    _check_fits(step_directory, {'params': params})
+
+  _attempt(directory / str(steps[-1]), check)
+
+
 def describe(step_directory: Path, item: str) -> dict[str, Any]:
   """Returns the description of each array of an item by name, {} without it."""
   if not (step_directory / item).is_dir():

@@ -150,18 +150,41 @@ def import_tasks(module: str) -> None:
     ) from None
 
 
+def check_names(task: str) -> None:
+  """Refuses names that nothing has; loads no TensorFlow.
+
+  Args:
+    task: as in `DataConfig.task`: names, with or without rates.
+
+  Raises:
+    UserError: with the nearest name.
+  """
+  if task == 'cache':  # stands alone
+    return
+  for name in _names(task):
+    if sources.is_built_in(name) or catalog.is_answer_task(name):
+      continue
+    if 'seqio' in sys.modules:
+      from st_moe.data import tasks
+
+      tasks.check_name(name)
+    else:  # nothing can be registered with what is not even loaded
+      raise sources.unknown_task(name, catalog.names())
+
+
+def _names(task: str) -> list[str]:
+  return [part.partition(':')[0].strip() for part in task.split(',')]
+
+
 def _check_paths(config: DataConfig) -> None:
   """Finds wrong names and missing files before TensorFlow is loaded."""
-  for part in config.task.split(','):
-    name = part.partition(':')[0].strip()
+  check_names(config.task)
+  for name in _names(config.task):
     if catalog.is_answer_task(name):
       for task in catalog.members(name):
         for split in catalog.splits(task, config):
           catalog.load_examples(task, split, config)
       continue
-    # Nothing can be registered with what is not even loaded.
-    if not sources.is_built_in(name) and 'seqio' not in sys.modules:
-      raise sources.unknown_task(name, catalog.names())
     if name in sources.SUFFIXES:
       sources.text_files(name, config)
   if config.vocabulary != 'auto':

@@ -12,7 +12,7 @@ from st_moe import partitioning, processes
 from st_moe.best import Step
 from st_moe.checkpoint import RestoredParams, find_steps, restore_params
 from st_moe.config import RunConfig, to_dict
-from st_moe.data.pipeline import open_data
+from st_moe.data.pipeline import check_names, open_data
 from st_moe.data.vocabularies import load_vocabulary
 from st_moe.errors import UserError
 from st_moe.evaluate import outputs
@@ -49,6 +49,7 @@ def evaluate(
   Raises:
     UserError: no such checkpoint, or data that does not fit the model.
   """
+  check_names(config.data.task)
   mesh = partitioning.make_mesh(config.mesh)
   processes.check_joined()
   find_steps(workdir, step)
@@ -154,10 +155,10 @@ def _evaluate_tasks(
     'task': names,
     'task_dir': data.task_dir,
     'data': evaluator.fingerprint,
-    'evaluation': to_dict(config.evaluation),
+    'evaluation': to_dict(config.evaluation)
+    | {'batch_size': evaluator.batch_size},
     'inputs_length': data.inputs_length,
     'targets_length': data.targets_length,
-    'batch_size': evaluator.batch_size,
   }
   outputs.print_scores(scores, restored.step, folders.workdir)
   folders.write(scores, record)

@@ -119,6 +119,7 @@ def record(scores: TaskScores, step: int) -> dict[str, Any]:
     tasks[name] = {
       'split': result.split,
       'examples': len(result.examples),
+      'labelled': result.labelled,
       'metrics': result.metrics,
       'score': result.score,
       'no_answers': result.no_answers,
@@ -141,14 +142,16 @@ def print_scores(scores: TaskScores, step: int, workdir: Path) -> None:
   print_table(
     Console(highlight=False),
     f'\nstep {step} of {workdir}, and the best constant answer; 0 to 100:',
-    [*_COLUMNS, 'metric', 'model', 'constant', ''],
+    [*_COLUMNS, 'metric', 'model', 'constant', 'which is'],
     rows,
   )
 
 
 def _rows(name: str, result: TaskResult) -> list[list[str]]:
-  count, invalid = f'{len(result.examples):,}', f'{result.no_answers:,}'
-  head = [name, result.split, count, invalid]
+  count, labelled = f'{len(result.examples):,}', result.labelled
+  if 0 < labelled < len(result.examples):
+    count = f'{labelled:,} of {count}'
+  head = [name, result.split, count, f'{result.no_answers:,}']
   if not result.metrics:
     return [[*head, 'no labels', '', '', '']]
   best, rows = result.majority, []

@@ -70,6 +70,11 @@ class TaskResult:
     return self.task.score(self.metrics) if self.metrics else None
 
   @property
+  def labelled(self) -> int:
+    """How many examples have a label, and are scored."""
+    return sum(example.labelled for example in self.examples)
+
+  @property
   def no_answers(self) -> int:
     """How many texts are none of the answers that were asked for."""
     return sum(

@@ -83,45 +83,64 @@ def _introduction(run: Run, scores: dict[str, Any]) -> str:
       f', the best by <code>{html.escape(best["metric"])}</code> '
       f'({best["value"]:.4g})'
     )
-  last = run.summary.get('step', run.rows[-1]['step'])
-  text = f'{which}, and step {last:,}, the last. Scores go from 0 to 100; '
-  text += 'the mark is that of the best constant answer.'
+  if _best_is_last(run, scores):
+    text = f'{which}, and the last.'
+  else:
+    text = f'{which}, and step {_last_step(run):,}, the last.'
+  text += (
+    ' Scores go from 0 to 100; the mark is that of the best constant answer.'
+  )
   stopped = run.summary.get('stopped_early')
   if stopped:
     text += f' The run stopped early: {html.escape(stopped["why"])}.'
   return text
 
 
+def _last_step(run: Run) -> int:
+  return run.summary.get('step', run.rows[-1]['step'])
+
+
+def _best_is_last(run: Run, scores: dict[str, Any]) -> bool:
+  return scores['step'] == _last_step(run)
+
+
 def _score_table(run: Run, scores: dict[str, Any]) -> str:
+  with_last = not _best_is_last(run, scores)
+
+  def last_of(scalar: str) -> float | None:
+    values = run.column(scalar)[1]
+    return values[-1] if with_last and len(values) else None
+
   rows = []
   for name, task in scores['tasks'].items():
     shown, constant = name, task['majority']
     for metric, value in task['metrics'].items():
       bar = None if constant is None else constant['metrics'][metric]
-      last = run.column(f'eval/{name}/{metric}')[1]
       rows.append(
         _score_row(
           [shown, metric],
           value,
-          last[-1] if len(last) else None,
+          last_of(f'eval/{name}/{metric}'),
           bar,
           kind='first' if shown else '',
+          with_last=with_last,
         )
       )
       shown = ''
   for mean in scores['means']:
-    last = run.column(mean['scalar'])[1]
     rows.append(
       _score_row(
         [mean['name'], f'mean of {mean["tasks"]}'],
         mean['score'],
-        last[-1] if len(last) else None,
+        last_of(mean['scalar']),
         mean['constant'],
         kind='mean',
+        with_last=with_last,
       )
     )
-  heads = ['task', 'metric', 'best step', '', 'last step', 'constant']
-  heads.append('best - constant')
+  heads = ['task', 'metric', 'best step', '']
+  heads += ['last step'] if with_last else []
+  heads += ['constant', 'best - constant']
   head = ''.join(f'<th>{text}</th>' for text in heads)
   return (
     f'<table class="scores"><tr>{head}</tr>\n' + '\n'.join(rows) + '</table>'
@@ -135,6 +154,7 @@ def _score_row(
   constant: float | None,
   *,
   kind: str,
+  with_last: bool,
 ) -> str:
   width = min(max(value, 0.0), 100.0)
   mark = difference = shown = ''
@@ -148,7 +168,7 @@ def _score_row(
     *(html.escape(name) for name in names),
     f'{value:.2f}',
     f'<div class="bar"><i style="width:{width:.1f}%"></i>{mark}</div>',
-    '' if last is None else f'{last:.2f}',
+    *(['' if last is None else f'{last:.2f}'] if with_last else []),
     shown,
     difference,
   ]

@@ -5,6 +5,7 @@ import html
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from st_moe.data.downstream.catalog import is_answer_task
@@ -114,6 +115,7 @@ def _in_force(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _command(words: Sequence[str]) -> str:
   """Returns a command that is broken between its words only."""
+  words = [Path(words[0]).name, *words[1:]]
   spans = (f'<span>{html.escape(shlex.quote(word))}</span>' for word in words)
   text = f'<code>{" ".join(spans)}</code>'
   return f'<p>Command:</p>\n<p class="command">{text}</p>'

@@ -281,10 +281,12 @@ def _draw_task(
   """
   _prepare(axes, title, 'from 0 to 100')
   colours = (BLUE, GREEN, ORANGE, RED)
-  for (metric, (scalar, constant)), colour in zip(
-    lines.items(), itertools.cycle(colours), strict=False
+  for i, ((metric, (scalar, constant)), colour) in enumerate(
+    zip(lines.items(), itertools.cycle(colours), strict=False)
   ):
-    _line(axes, run, scalar, color=colour, label=metric)
+    # Later ones are thinner, so that equal ones show below them.
+    width = max(1.4, 1.4 * (len(lines) - i))
+    _line(axes, run, scalar, color=colour, label=metric, linewidth=width)
     if constant is not None:
       axes.axhline(constant, color=colour, linestyle=':', linewidth=1.2)
   axes.set_ylim(-3, 103)

@@ -17,6 +17,7 @@ from st_moe.metrics import describe, duration
 from st_moe.study.grid import Run, steps_to_train
 from st_moe.study.results import Result
 
+_SECONDS_BETWEEN_LINES = 60.0  # of one run, where there are no bars
 _SCORE = 'eval/neg_log_perplexity_all_targets'
 
 
@@ -24,7 +25,7 @@ class GridProgress:
   """Counts the steps of all runs that are to be done.
 
   On a terminal two bars: all steps, and those of the run. Elsewhere a line when
-  a run begins and when it ends.
+  a run begins and when it ends, and every minute between.
   """
 
   def __init__(
@@ -41,7 +42,7 @@ class GridProgress:
     self._done = runs - len(steps)
     self._left = sum(steps)
     self._trained = 0  # steps that were trained here
-    self._began = time.monotonic()
+    self._began = self._told = time.monotonic()
     self._console = console or Console(highlight=False, soft_wrap=True)
     self._bars = Progress(
       TextColumn('{task.description}'),
@@ -86,6 +87,12 @@ class GridProgress:
     self._bars.update(self._all, advance=count)
     self._bars.update(self._one, advance=count, state=state)
 
+  def tell(self, line: str) -> None:
+    """Prints how far a run is, where there are no bars, each minute."""
+    late = time.monotonic() - self._told >= _SECONDS_BETWEEN_LINES
+    if late and not self._console.is_terminal:
+      self._print(line)
+
   def finished(self, run: Run, results: Sequence[Result]) -> None:
     """Prints what a run came to, and what is left."""
     self._done += 1
@@ -107,6 +114,7 @@ class GridProgress:
   def _print(self, line: str) -> None:
     self._console.print(line)
     self._console.file.flush()
+    self._told = time.monotonic()
 
 
 class _RunProgress:
@@ -133,7 +141,9 @@ class _RunProgress:
     self, step: int, scalars: dict[str, float], health: Any = None
   ) -> None:
     count, self._step = step - self._step, step
-    self._grid.steps(count, '  '.join(describe(scalars)[:1]))
+    state = '  '.join(describe(scalars)[:1])
+    self._grid.tell(f'  step {step} of {self._total}  {state}')
+    self._grid.steps(count, state)
 
   def note(
     self, step: int, scores: dict[str, float], lines: Sequence[Any] = ()

@@ -82,9 +82,7 @@ def table(
         f'(there are {len(names)} columns); fix or remove the line'
       )
   if short:
-    log.warning(
-      '%s: lines without all columns, left out: %s', show(path), short
-    )
+    log.warning('%s: lines without all columns, left out: %s', path, short)
 
 
 def document(path: Path) -> Any:
@@ -97,23 +95,22 @@ def document(path: Path) -> Any:
     return json.loads(read_text(path))
   except json.JSONDecodeError as error:
     raise UserError(
-      f'{show(path)}:{error.lineno}: not JSON ({error}); fetch it again'
+      f'{path}:{error.lineno}: not JSON ({error}); fetch it again'
     ) from None
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
-  """Yields ('CB/train.jsonl:3', the line without its end) of a text file.
+  """Yields ('DIR/CB/train.jsonl:3', a line without its end) of a text file.
 
   Raises:
     UserError: it cannot be read, or is not UTF-8.
   """
-  shown = show(path)
   with reading(path), path.open('rb') as file:
     for number, content in enumerate(file, 1):
-      line = decoded(content.rstrip(b'\r\n'), f'{shown}:{number}')
+      line = decoded(content.rstrip(b'\r\n'), f'{path}:{number}')
       if number == 1:
         line = line.removeprefix(_BYTE_ORDER_MARK)
-      yield f'{shown}:{number}', line
+      yield f'{path}:{number}', line
 
 
 def read_text(path: Path) -> str:
@@ -124,7 +121,7 @@ def read_text(path: Path) -> str:
   """
   with reading(path):
     content = path.read_bytes()
-  return decoded(content, show(path)).removeprefix(_BYTE_ORDER_MARK)
+  return decoded(content, str(path)).removeprefix(_BYTE_ORDER_MARK)
 
 
 def decoded(content: bytes, where: str) -> str:
@@ -157,11 +154,6 @@ def json_object(text: str, where: str) -> dict[str, Any]:
   if not isinstance(row, dict):
     raise UserError(f'{where}: not a JSON object; one row a line is expected')
   return row
-
-
-def show(path: Path) -> str:
-  """Returns a path as messages have it: 'CB/train.jsonl'."""
-  return f'{path.parent.name}/{path.name}'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from st_moe.data.downstream.published import (
   Rows,
   document,
   json_lines,
-  show,
 )
 from st_moe.data.downstream.rows import texts, wrong_row
 
@@ -57,7 +56,7 @@ def _texts_of(row: Mapping[str, Any], name: str, where: str) -> tuple[str, ...]:
 def _squad_rows(path: Path, split: str) -> Rows:
   """Yields the questions of a SQuAD document, with their paragraphs."""
   del split
-  content, shown = document(path), show(path)
+  content, shown = document(path), str(path)
   where = shown
   try:
     for a, article in enumerate(content['data']):
@@ -129,7 +128,7 @@ def _web_questions_rows(path: Path, split: str) -> Rows:
   if path.suffix == '.jsonl':
     yield from json_lines(path, split)
     return
-  content, shown = document(path), show(path)
+  content, shown = document(path), str(path)
   if not isinstance(content, list):
     raise wrong_row(shown, 'list of questions')
   for number, row in enumerate(content):
@@ -146,7 +145,7 @@ def _web_questions_rows(path: Path, split: str) -> Rows:
 def _trivia_qa_rows(path: Path, split: str) -> Rows:
   """Yields the questions of a TriviaQA document, without their evidence."""
   del split
-  shown = where = show(path)
+  shown = where = str(path)
   try:
     for number, row in enumerate(document(path)['Data']):
       where = f'{shown}: Data[{number}]'

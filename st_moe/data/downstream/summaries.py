@@ -22,7 +22,6 @@ from st_moe.data.downstream.published import (
   json_lines,
   lines,
   read_text,
-  show,
 )
 from st_moe.data.downstream.rows import texts, wrong_row
 from st_moe.errors import UserError
@@ -76,9 +75,9 @@ def _xsum_rows(path: Path, split: str) -> Rows:
     return
   numbers = document(path)
   if not isinstance(numbers, dict) or not isinstance(numbers.get(split), list):
-    raise wrong_row(show(path), f'list {split!r} of articles')
+    raise wrong_row(str(path), f'list {split!r} of articles')
   for file in _files(path, map(str, numbers[split]), _XSUM_FILES):
-    where = show(file)
+    where = str(file)
     kept = [
       line
       for line in read_text(file).split('\n')
@@ -113,7 +112,7 @@ def _cnn_dailymail_rows(path: Path, split: str) -> Rows:
     article, highlights = _story(read_text(file))
     if article and highlights:
       yield (
-        show(file),
+        str(file),
         {'article': article, 'highlights': highlights, 'id': file.stem},
       )
 
@@ -160,7 +159,7 @@ def _files(
   if missing:
     log.warning(
       '%s: %s of %s articles are not there, and are left out',
-      show(listed),
+      listed,
       f'{missing:,}',
       f'{count:,}',
     )

@@ -118,8 +118,13 @@ def _entity(text: str, span: Mapping[str, Any] | str) -> str:
 def _group(where: str, passage: Any, question: Any, number: int) -> str:
   """Names a question or query: by its published numbers, or its place."""
   if passage is None or question is None:
-    return f'{where}#{number}'
+    return f'{_place(where)}#{number}'
   return f'{passage}-{question}'
+
+
+def _place(where: str) -> str:
+  """Returns file and line, which are the same in any folder."""
+  return where.rpartition('/')[2]
 
 
 def _multirc_from_tfds(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +159,8 @@ def _winogender(
 ) -> list[Example]:
   """RTE's format; two rows of a pair differ in the gender of a pronoun."""
   (example,) = _entailment(row, where, train)
-  return [dataclasses.replace(example, group=str(row.get('pair_id', where)))]
+  pair = str(row.get('pair_id', _place(where)))
+  return [dataclasses.replace(example, group=pair)]
 
 
 _entailment = functools.partial(
