@@ -95,7 +95,10 @@ def _with_given_models(study: Study, settings: Settings) -> Study:
       )
     return study
   if not any(given):
-    return study  # which the first arm finds wrong
+    raise UserError(
+      f'{study.name} is a study of fine-tuning: give --checkpoint=DIR, a run '
+      'or a model that `st_moe convert` made'
+    )
   kept = [arm.name for arm in study.arms if given[arm.dense]]
   if left := [arm.name for arm in study.arms if not given[arm.dense]]:
     flag = 'checkpoint' if given[1] else 'dense_checkpoint'

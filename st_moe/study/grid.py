@@ -148,15 +148,11 @@ def _pretraining(settings: Settings) -> list[Binding]:
 def _finetuning(settings: Settings, *, dense: bool) -> list[Binding]:
   """Returns what arms of a fine-tuning study begin with.
 
-  The model of the checkpoint, with the paper's recipe for such a model.
+  The model of the checkpoint, with the paper's recipe for such a model. It is
+  given: the command leaves arms out whose model is not.
   """
   flag = 'dense_checkpoint' if dense else 'checkpoint'
   path = getattr(settings, flag)
-  if path is None:
-    raise UserError(
-      f'this is a study of fine-tuning: give --{flag}=DIR, a run or a model '
-      'that `st_moe convert` made'
-    )
   recipe = f'runs/finetune_{"dense" if dense else "sparse"}.gin'
   given = model_bindings(Path(path))
   for name in (recipe, *settings.files):

@@ -111,7 +111,8 @@ def trace(config: RunConfig, request: Request) -> dict[str, Any]:
     shapes.with_shardings(shardings).params,
   )
   total = opened.most_batches(config, request)
-  log.info('tracing up to %d batches', total)
+  rows = f'{total * config.batch_size:,}'
+  log.info('tracing %s rows at most', rows)
   records = record(
     model,
     restored.params,
