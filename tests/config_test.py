@@ -144,6 +144,11 @@ def test_a_value_out_of_range_is_refused_with_the_range(cls, fields, message):
       'num_experts is 32, but no FFN is sparse',
     ),
     (
+      MeshConfig,
+      {'fsdp_slices': True},
+      'stores experts in parts between slices too; set fsdp_experts = True',
+    ),
+    (
       ModelConfig,
       {'relative_attention_num_buckets': 3},
       'relative_attention_num_buckets must be at least 4, got 3',

@@ -97,6 +97,10 @@ def test_scan_and_remat(overrides):
         slice=2, expert=4, fsdp_dense=True, fsdp_dense_axes=('expert',)
       ),
     ),
+    (
+      SCAN | {'remat_policy': 'full'},
+      MeshConfig(slice=2, expert=2, fsdp_experts=True, fsdp_slices=True),
+    ),
   ],
 )
 def test_scan_and_remat_on_a_mesh(overrides, mesh):

@@ -186,6 +186,8 @@ def test_parameters_are_float32_labelled_and_stored_in_parts():
     'wi': P('data', 'model'),
     'expert': P('expert', None, 'model'),
   }
+  across = specs(slice=2, model=1, fsdp_experts=True, fsdp_slices=True)
+  assert across['expert'] == P('expert', ('data', 'slice'), 'model')
   # Without axes: the larger one.
   assert specs(fsdp_dense=True)['wi'] == P(('expert',), 'model')
   larger_data = specs(data=4, expert=2, model=1, fsdp_dense=True)

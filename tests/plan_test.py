@@ -328,6 +328,22 @@ def test_suggestions_begin_with_what_the_run_lacks():
   assert found[-1] == 'more devices than 8'
 
 
+def test_several_slices_may_hold_parts_of_an_expert():
+  flags = ['MeshConfig.slice=2', 'MeshConfig.fsdp_experts=True']
+  alone, across = (
+    plan_of(configure(*flags, *more))
+    for more in ([], ['MeshConfig.fsdp_slices=True'])
+  )
+  assert across.resident < alone.resident
+  tight = dataclasses.replace(
+    alone, available=2 * alone.least, peak=3 * alone.least
+  )
+  found = planning.suggestions(tight)
+  assert found[0].endswith('--gin.MeshConfig.fsdp_slices=True')
+  tight = dataclasses.replace(tight, config=across.config)
+  assert found[1:] == planning.suggestions(tight)
+
+
 def test_where_weights_alone_are_too_much_nothing_else_is_suggested():
   least = plan_of(configure()).least
   plan = plan_with_memory(least // 3)

@@ -46,13 +46,15 @@ CONFIGS = {
     scan_layers=True,
   ),
 }
-# Name of the model, mesh (slice, data, expert, model), FSDP. Scanned models are
-# in loss_invariance_test, but for decoding.
+# Name of the model, mesh (slice, data, expert, model), FSDP (2: between slices
+# too). Scanned models are in loss_invariance_test, but for decoding.
 CASES = [
   ('dense', (1, 4, 1, 2), True),
   ('sparse', (1, 2, 2, 2), False),
   ('sparse', (1, 2, 4, 1), True),
-  ('sparse', (2, 2, 2, 1), True),
+  ('sparse', (2, 2, 1, 2), True),
+  ('sparse', (2, 2, 2, 1), 2),
+  ('sparse', (4, 1, 2, 1), 2),
 ]
 
 
@@ -84,8 +86,9 @@ def make_mesh(shape, axis_types, fsdp):
     expert=expert,
     model=model,
     axis_types=axis_types,
-    fsdp_dense=fsdp,
-    fsdp_experts=fsdp,
+    fsdp_dense=bool(fsdp),
+    fsdp_experts=bool(fsdp),
+    fsdp_slices=fsdp == 2,
   )
   return mesh_config, partitioning.make_mesh(mesh_config)
 

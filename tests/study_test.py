@@ -288,7 +288,10 @@ def test_dry_run_prints_the_grid_and_its_cost(capsys, monkeypatch):
     (['stabilty'], 'no study stabilty; did you mean stability?'),
     (['z_loss'], 'no study z_loss; did you mean z_loss_sweep?'),
     (['bias'], 'study needs --workdir=DIR, or --dry_run'),
-    (['finetune_subsets', '--dry_run'], 'finetune_subsets is a study of fine-tu'),
+    (
+      ['finetune_subsets', '--dry_run'],
+      'finetune_subsets is a study of fine-tu',
+    ),
     (['bias', '--checkpoint=x'], 'bias is a study of pretraining: it takes'),
     (['bias', '--scale=tiney'], '--scale=tiney is none of'),
     (['bias', '--seeds=0', '--dry_run'], '--seeds must be at least 1'),

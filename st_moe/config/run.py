@@ -154,7 +154,7 @@ class MeshConfig(Checked):
   """Devices as a (slice, data, expert, model) mesh; -1 means "the rest".
 
   A slice is what a fast network joins: a TPU slice, a node of GPUs. Across
-  slices go only gradients, once a step.
+  slices go only gradients, once a step, unless `fsdp_slices` says otherwise.
   """
 
   slice: int = 0  # 0: as many as the TPU job has, otherwise 1
@@ -168,6 +168,9 @@ class MeshConfig(Checked):
   # None: the larger of the two. XLA adds up whole gradients over both.
   fsdp_dense_axes: tuple[Literal['data', 'expert'], ...] | None = None
   fsdp_experts: bool = False  # over 'data'
+  # Those over 'slice' too: a fraction of the memory, half as much again to send
+  # between slices, some of it at every layer.
+  fsdp_slices: bool = False
 
   def check(self) -> None:
     self.require_nonnegative('slice')
@@ -175,6 +178,11 @@ class MeshConfig(Checked):
     self.require(
       all(n == -1 or n > 0 for n in sizes) and sizes.count(-1) <= 1,
       f'axes must be positive, at most one of them -1; got {sizes}',
+    )
+    self.require(
+      self.fsdp_experts or not self.fsdp_slices,
+      'fsdp_slices stores experts in parts between slices too; set '
+      'fsdp_experts = True with it',
     )
     axes = self.fsdp_dense_axes
     self.require(

@@ -48,7 +48,8 @@ def storage_rules(
   """Returns the rules for stored parameters and optimizer state.
 
   FSDP stores the `embed` axis of weights in parts, within a slice: the slow
-  network between slices gathers no weights.
+  network between slices gathers no weights, but those of experts where
+  `fsdp_slices` asks for it.
 
   Args:
     config: says what is stored in parts.
@@ -59,7 +60,10 @@ def storage_rules(
     larger = 'data' if sizes['data'] > sizes['expert'] else 'expert'
     rules['embed'] = config.fsdp_dense_axes or (larger,)
   if config.fsdp_experts:
-    rules['expert_embed'] = 'data'
+    # Neighbouring parts lie on different slices: gathered over those first, a
+    # row is whole within its slice, and no part crosses twice.
+    across = config.fsdp_slices and sizes['slice'] > 1
+    rules['expert_embed'] = ('data', 'slice') if across else ('data',)
   return rules
 
 

@@ -138,7 +138,7 @@ def multiply_experts(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _multiply_experts(x, kernel, axes, out):
-  """The same, where kernels are stored in parts over 'data'.
+  """The same, where kernels are stored in parts over 'data' (and 'slice').
 
   The kernel's gradient is added up by hand: of few rows, as a decoder's are,
   XLA's partitioner has every device add up and hold all of it.
@@ -157,7 +157,9 @@ def _multiply_experts_backward(axes, out, saved, g):
   rules = gradient_rules.get()
   gradient = jax.shard_map(
     functools.partial(
-      _scatter_kernel_gradient, axes=axes, mesh_axis=rules['expert_embed']
+      _scatter_kernel_gradient,
+      axes=axes,
+      across='slice' in rules['expert_embed'],
     ),
     in_specs=(spec((*rows, inputs)), spec((*rows, outputs))),
     out_specs=spec(axes, rules),
@@ -167,25 +169,20 @@ def _multiply_experts_backward(axes, out, saved, g):
 
 
 def _scatter_kernel_gradient(
-  x: jax.Array, g: jax.Array, *, axes: tuple[str, str, str], mesh_axis: str
+  x: jax.Array, g: jax.Array, *, axes: tuple[str, str, str], across: bool
 ) -> jax.Array:
-  """Returns this device's part of a kernel's gradient, on a ring of devices.
+  """Returns this device's part of a kernel's gradient.
 
-  A part goes once round the devices of `mesh_axis`, and each adds its share,
-  which it computes when the part arrives: nobody ever holds a whole gradient.
-  (XLA for TPU turns `psum_scatter` into an all-reduce where the devices of an
-  axis are not numbered one after another.)
+  Added up within a slice first, then between slices.
 
   Args:
     x: [E, N, I], the rows of this device.
     g: [E, N, O], gradients of their products.
-    axes: of the kernel, of which 'expert_embed' lies in parts on `mesh_axis`.
-    mesh_axis: the ring.
+    axes: of the kernel, of which 'expert_embed' lies in parts on 'data'.
+    across: whether each of them lies in parts on 'slice'.
   """
-  count = jax.lax.axis_size(mesh_axis)
-  here = jax.lax.axis_index(mesh_axis)
   cut_inputs = axes[1] == 'expert_embed'
-  width = (x if cut_inputs else g).shape[2] // count
+  width = (x if cut_inputs else g).shape[2] // jax.lax.axis_size('data')
 
   def share(part: jax.Array) -> jax.Array:
     def cut(rows):
@@ -198,18 +195,46 @@ def _scatter_kernel_gradient(
       preferred_element_type=jnp.float32,
     )
 
+  total = _add_up_on_ring(share, 'data', x.dtype)
+  slices = jax.lax.axis_size('slice')
+  if not across:
+    return total if slices == 1 else jax.lax.psum(total, 'slice')
+  axis = 1 if cut_inputs else 2
+  size = total.shape[axis] // slices
+
+  def share_of_slice(part: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(total, part * size, size, axis)
+
+  return _add_up_on_ring(share_of_slice, 'slice', x.dtype)
+
+
+def _add_up_on_ring(
+  share: Callable[[jax.Array], jax.Array], mesh_axis: str, dtype: Any
+) -> jax.Array:
+  """Returns this device's part of a sum over the devices of an axis.
+
+  A part goes once round them, and each adds its share, which it computes when
+  the part arrives: nobody ever holds a whole sum. (XLA for TPU turns
+  `psum_scatter` into an all-reduce where the devices of an axis are not
+  numbered one after another.)
+
+  Args:
+    share: makes this device's share of a part, given its number.
+    mesh_axis: the ring; there are as many parts.
+    dtype: in which parts are sent.
+  """
+  count = jax.lax.axis_size(mesh_axis)
+  here = jax.lax.axis_index(mesh_axis)
+
   def pass_on(step: int, total: jax.Array) -> jax.Array:
     total = jax.lax.ppermute(
       total, mesh_axis, [(i, (i + 1) % count) for i in range(count)]
     )
     mine = share((here + count - 1 - step) % count)
-    return (total.astype(jnp.float32) + mine).astype(x.dtype)
+    return (total.astype(jnp.float32) + mine).astype(dtype)
 
-  total = share((here + count - 1) % count).astype(x.dtype)
-  total = jax.lax.fori_loop(1, count, pass_on, total)
-  if current().shape['slice'] > 1:
-    total = jax.lax.psum(total, 'slice')
-  return total
+  total = share((here + count - 1) % count).astype(dtype)
+  return jax.lax.fori_loop(1, count, pass_on, total)
 
 
 _multiply_experts.defvjp(_multiply_experts_forward, _multiply_experts_backward)

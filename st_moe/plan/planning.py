@@ -311,6 +311,11 @@ def suggestions(plan: Plan) -> list[str]:
       'store weights in parts: --gin.MeshConfig.fsdp_dense=True '
       '--gin.MeshConfig.fsdp_experts=True'
     )
+  elif mesh.fsdp_experts and plan.mesh['slice'] > 1 and not mesh.fsdp_slices:
+    found.append(
+      'store experts in parts between slices too: '
+      '--gin.MeshConfig.fsdp_slices=True'
+    )
   if larger := lint.larger_expert_axes(model, plan.mesh):
     found.append(
       f'fewer experts per device: --mesh=data=-1,expert={larger[-1]}'
