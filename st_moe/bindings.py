@@ -140,6 +140,25 @@ def _check_name(binding: Binding) -> None:
     raise UserError(f'{where}: {class_name} has no field {field}{near}')
 
 
+def _last_of_each(bindings: Sequence[Binding]) -> dict[str, Binding]:
+  """Returns the binding that counts of each name that is no macro.
+
+  A flag for both routers replaces what files before it bind of one of them: a
+  scope would win, and the config.gin of a run binds every field by scope.
+  """
+  found: dict[str, Binding] = {}
+  for binding in bindings:
+    if binding.is_macro:
+      continue
+    if binding.where.startswith('--gin.RouterConfig.'):
+      for stack in _STACKS:
+        scoped = found.get(f'{stack}/{binding.name}')
+        if scoped is not None and not scoped.where.startswith('--'):
+          del found[scoped.name]
+    found[binding.name] = binding
+  return found
+
+
 class Resolver:
   """Turns bindings into a RunConfig; the last binding of a name counts.
 
@@ -151,7 +170,7 @@ class Resolver:
   def __init__(self, bindings: Sequence[Binding], allow_missing: bool = False):
     self.missing: dict[str, str] = {}
     self._allow_missing = allow_missing
-    self._fields = {b.name: b for b in bindings if not b.is_macro}
+    self._fields = _last_of_each(bindings)
     self._order = {b.name: i for i, b in enumerate(bindings)}
     self._macros = {b.name: b for b in bindings if b.is_macro}
     self._used: set[str] = set()

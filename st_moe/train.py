@@ -113,5 +113,6 @@ def pretrain(
       finish(trainer)
     trainer.writer.close()
     trainer.checkpointer.close()
+    processes.keep_to_the_end(trainer.batches)
   finally:
     directory.close()

@@ -200,6 +200,25 @@ def test_a_wrong_name_or_value_says_what_where_and_what_to_do(text, message):
   assert message in error_of(text)
 
 
+def jitters(text: str, *flags: str) -> tuple[float, float]:
+  model = load(text, *flags).model
+  return model.encoder_router.jitter, model.decoder_router.jitter
+
+
+def test_a_flag_for_both_routers_wins_over_files_that_bind_each():
+  text = """
+encoder/RouterConfig.jitter = 0.1
+decoder/RouterConfig.jitter = 0.2
+RouterConfig.z_loss_weight = 0.5
+"""
+  assert jitters(text) == (0.1, 0.2)
+  assert jitters(text, 'RouterConfig.jitter=0.3') == (0.3, 0.3)
+  # A scope wins where both are flags.
+  one = 'encoder/RouterConfig.jitter=0.4'
+  assert jitters(text, one, 'RouterConfig.jitter=0.3') == (0.4, 0.3)
+  assert jitters(text, 'RouterConfig.jitter=0.3', one) == (0.4, 0.3)
+
+
 @pytest.mark.parametrize(
   'flag, message',
   [

@@ -59,7 +59,35 @@ def test_a_switch_model_has_them_there_too_and_goes_back(
   assert hf_config.model_config(read(tmp_path, **back), tied=True) == model
 
 
+def test_a_step_that_is_named_wins_over_a_number_of_layers(tmp_path, caplog):
+  content = {
+    'model_type': 'switch_transformers',
+    'num_layers': 4,
+    'num_sparse_encoder_layers': 2,
+    'num_sparse_decoder_layers': 2,
+    'decoder_sparse_step': 2,
+  }
+  described = read(tmp_path, **content, encoder_sparse_step=2)
+  assert hf_config.model_config(described, tied=True).num_encoder_layers == 4
+  assert not caplog.text
+  described = read(tmp_path, **content, encoder_sparse_step=3)
+  model = hf_config.model_config(described, tied=True)
+  assert sparse_layers(model, 'encoder') == (1,)
+  assert sparse_layers(model, 'decoder') == (1, 3)
+  assert (
+    'encoder_sparse_step 3 and num_sparse_encoder_layers 2 contradict'
+  ) in caplog.text
+
+
 REFUSED = [
+  (
+    {'model_type': 'switch_transformers', 'router_jitter_noise': 'a'},
+    "router_jitter_noise is 'a', which is no number",
+  ),
+  (
+    {'model_type': 't5', 'dropout_rate': None},
+    'dropout_rate is None, which is no number',
+  ),
   ({'model_type': 'umt5'}, "model_type 'umt5' is not supported"),
   ({'model_type': 't5', 'feed_forward_proj': 'gelu'}, 'it is the exact one'),
   ({'model_type': 't5', 'pad_token_id': 1}, 'pad_token_id is 1, and 0'),
@@ -123,6 +151,11 @@ def test_whether_the_output_is_scaled_follows_the_version(tmp_path):
   ).scales_outputs
   assert read(tmp_path, model_type='t5').scales_outputs
   assert read(tmp_path, model_type='mt5').scales_outputs is None
+  old, new = (
+    read(tmp_path, model_type='mt5', transformers_version=version)
+    for version in ('4.57.1', '5.23.0')
+  )
+  assert (old.scales_outputs, new.scales_outputs) == (True, False)
 
 
 def test_only_a_pickle_says_how_to_make_safetensors(tmp_path):

@@ -16,6 +16,7 @@ from st_moe.checkpoint import ArrayReader
 from st_moe.config import MeshConfig, ModelConfig, RouterConfig
 from st_moe.convert import from_hf, hf_reference
 from st_moe.convert.own_models import open_model
+from st_moe.data.vocabularies import train_vocabulary
 from st_moe.decoding import generate
 from st_moe.main import main
 from st_moe.transformer import apply_model, encode
@@ -351,6 +352,54 @@ def test_an_embedding_under_its_second_name_is_used_not_passed_over(
   edit_tensors(source, rename)
   run('convert', 'from-hf', source, tmp_path / 'out', '--no_check')
   assert ' tensors used, 0 passed over, ' in caplog.text
+
+
+def test_an_mt5_without_a_head_is_read_as_the_version_that_wrote_it(tmp_path):
+  source = copy('mt5', tmp_path)
+  edit_tensors(source, lambda tensors: tensors.pop('lm_head.weight'))
+  edit_config(source, tie_word_embeddings=True, transformers_version='5.23.0')
+  config, params = load(source)
+  assert not config.tie_embeddings
+  np.testing.assert_array_equal(
+    params['decoder']['logits_dense']['kernel'].T,
+    params['token_embedder']['embedding'],
+  )
+  edit_config(source, transformers_version='4.57.1')
+  assert load(source)[0].tie_embeddings
+
+
+def test_a_vocabulary_that_is_none_is_refused(tmp_path, capsys):
+  source, out = copy('t5_v1_1', tmp_path), tmp_path / 'out'
+  (source / 'spiece.model').write_bytes(b'junk')
+  line = fails(capsys, 'convert', 'from-hf', source, out)
+  assert 'spiece.model' in line and 'SentencePiece' in line
+  text = [f'{chr(97 + i % 26)}{i} and {i * 7}' for i in range(500)]
+  train_vocabulary(text, 40, source / 'spiece.model')
+  assert '40 pieces, and the model 37 embeddings' in fails(
+    capsys, 'convert', 'from-hf', source, out
+  )
+  assert not out.exists()
+
+
+def test_a_model_that_computes_something_else_is_no_success(
+  tmp_path, capsys, caplog, monkeypatch
+):
+  def zeros(folder, batch, capacity):
+    rows, inputs = batch['encoder_input_tokens'].shape
+    targets = batch['decoder_target_tokens'].shape[1]
+    return {
+      'encoded': np.zeros((rows, inputs, 12)),
+      'logits': np.zeros((rows, targets, 37)),
+    }
+
+  monkeypatch.setattr(hf_reference, 'why_absent', lambda _: None)
+  monkeypatch.setattr(hf_reference, 'run_in_child', zeros)
+  out = tmp_path / 'out'
+  line = fails(capsys, 'convert', 'from-hf', GOLDEN / 't5_v1_1', out)
+  assert 'was written, and does not compute what transformers does' in line
+  assert 'train it further' not in caplog.text
+  record = json.loads((out / 'model.json').read_text())
+  assert record['fixed_batch']['no capacity']['agrees'] is False
 
 
 CONTRADICTIONS = [

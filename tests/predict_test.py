@@ -198,13 +198,22 @@ def test_a_line_that_is_no_text_is_named(error, tmp_path):
   assert sorted(tmp_path.iterdir()) == [texts]
 
 
+def test_answers_do_not_replace_their_questions(error, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  Path('texts.txt').write_text('a\n')
+  line = error(f'--input={tmp_path}/texts.txt', '--output=texts.txt', *SHORT)
+  assert line.startswith('--output=texts.txt is the --input, which it would')
+  assert Path('texts.txt').read_text() == 'a\n'
+
+
 @pytest.mark.parametrize(
   'flags, message',
   [
     (['--checkpoint=nowhere'], 'nowhere holds no model: there is no such'),
     (['--step=3'], 'there is no checkpoint of step 3'),
     (['--prompt=a', '--input=b'], 'choose one'),
-    (['--input=nowhere.txt'], '--input=nowhere.txt: there is no such file'),
+    (['--input=nowhere.txt'], '--input=nowhere.txt does not exist; give a'),
+    (['--input=.'], '--input=. is a folder; give a file of lines'),
     (['--output=/'], '--output=/ is a folder'),
     (['--output=/etc/hosts/no'], '/etc/hosts is a file; choose another'),
     (['--temperature=-1'], '--temperature must be 0'),

@@ -81,6 +81,42 @@ def test_alone_the_first_signal_is_a_request_and_the_second_acts():
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+ENDING = """
+import sys
+from st_moe import processes
+
+class Reader:
+  def __del__(self):
+    print('waited for')
+
+def main():
+  processes.keep_to_the_end(Reader())
+  print('done')
+  return 3
+
+{start}
+"""
+
+
+@pytest.mark.parametrize(
+  ('start', 'lines'),
+  [
+    ('processes.run_and_leave(main)', ['done']),
+    ('sys.exit(main())', ['waited for', 'done']),
+  ],
+)
+def test_a_command_does_not_wait_for_its_readers(start, lines):
+  ended = subprocess.run(
+    [sys.executable, '-c', ENDING.format(start=start)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=100,
+  )
+  assert ended.returncode == 3, ended
+  assert ended.stdout.split('\n')[:-1] == lines
+
+
 def error_of(*flags: str) -> str:
   """Returns the one error line of a real process, which ends with status 2."""
   names = ('SLURM', 'OMPI', 'TPU', 'MEGASCALE', 'KUBERNETES', 'JAX_COORD')

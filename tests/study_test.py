@@ -158,6 +158,7 @@ def test_table_7(weights):
 
 def test_arms_of_a_model_that_is_not_given_are_left_out(weights, capsys):
   argv = ['study', 'finetune_overfitting', '--dry_run', '--gin.TASK_DIR=files']
+  argv.append('--topology=v5p:4x4x4')  # where the files may be
   argv.append(f'--checkpoint={weights["checkpoint"]}')
   assert main(argv) == 0
   out = capsys.readouterr().out
@@ -286,6 +287,7 @@ def test_dry_run_prints_the_grid_and_its_cost(capsys, monkeypatch):
   [
     (['cf_topn'], 'no study cf_topn; did you mean cf_top_n?'),
     (['stabilty'], 'no study stabilty; did you mean stability?'),
+    (['bias', '--gin.TASK=superglue.cbb', '--dry_run'], 'unknown task'),
     (['z_loss'], 'no study z_loss; did you mean z_loss_sweep?'),
     (['bias'], 'study needs --workdir=DIR, or --dry_run'),
     (
@@ -304,6 +306,15 @@ def test_wrong_words_end_with_one_line(argv, expected, capsys):
   assert main(['study', *argv]) == 2
   error = capsys.readouterr().err
   assert error.startswith(f'error: {expected}') and error.count('\n') == 1
+
+
+def test_data_that_is_not_there_leaves_no_folder(tmp_path, capsys):
+  argv = ['study', 'bias', '--gin.TASK=text', '--gin.FILES=/nowhere.txt']
+  for more in (['--dry_run'], [f'--workdir={tmp_path}/bias']):
+    assert main([*argv, *more]) == 2
+    error = capsys.readouterr().err
+    assert '/nowhere.txt does not exist' in error and error.count('\n') == 1
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path, capsys):

@@ -134,9 +134,16 @@ def _check_files(args: argparse.Namespace) -> None:
   if args.prompt is not None and args.input is not None:
     raise UserError('--prompt and --input both give text; choose one of them')
   if args.input is not None and not Path(args.input).is_file():
-    raise UserError(f'--input={args.input}: there is no such file')
+    known = 'is a folder' if Path(args.input).is_dir() else 'does not exist'
+    raise UserError(f'--input={args.input} {known}; give a file of lines')
   if args.output is None:
     return
+  output = Path(args.output)
+  if args.input and output.exists() and output.samefile(args.input):
+    raise UserError(
+      f'--output={args.output} is the --input, which it would replace; give '
+      'another file'
+    )
   if Path(args.output).is_dir():
     raise UserError(f'--output={args.output} is a folder; name a file')
   check_parents(Path(args.output), f'--output={args.output}')

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, config: None) -> None:
     print(f'{layer}: {old.num_experts} experts -> {count}: {shown(of_layer)}')
   for line in what_is_kept(old, target, members, args.noise):
     print(line)
-  print('optimizer: fresh; its statistics of other experts are not kept')
+  print('optimizer: fresh; statistics of the old experts, if any, are left out')
   conversion = Conversion(
     source=source,
     config=target,

@@ -27,6 +27,7 @@ from st_moe.convert.writing import (
   parameter_shapes,
   write_model,
 )
+from st_moe.data.vocabularies import load_vocabulary
 from st_moe.errors import UserError
 from st_moe.workdir import VOCABULARY_FILE, read_json, write_json
 
@@ -122,8 +123,9 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
   """Converts `args.source` to the model directory `args.output`.
 
   Raises:
-    UserError: when the source is not what it must be, or the output exists;
-      nothing is written then.
+    UserError: when the source is not what it must be, or the output exists:
+      nothing is written then; when transformers computes something else: the
+      output is left to be looked at.
   """
   folder, output = Path(args.source), Path(args.output)
   model_directory.check_output(output)
@@ -137,6 +139,8 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
     abstract = abstract_params(conversion.model, mesh, mesh_settings)
     log.info('onto the mesh %s', partitioning.describe(mesh.shape))
   vocabulary = folder / THEIR_VOCABULARY
+  if vocabulary.is_file():
+    _check_vocabulary(vocabulary, conversion.model)
   model_type = conversion.described.model_type
   write_model(
     output,
@@ -161,7 +165,24 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
     if processes.is_leader():
       path = output / model_directory.RECORD_FILE
       write_json(path, read_json(path) | {'fixed_batch': found})
+    if any(
+      isinstance(x, dict) and not x.get('agrees', True) for x in found.values()
+    ):
+      raise UserError(
+        f'{output} was written, and does not compute what transformers does; '
+        'do not use it before you know why'
+      )
   log.info('%s', next_step(output))
+
+
+def _check_vocabulary(path: Path, model: ModelConfig) -> None:
+  """Refuses a vocabulary that is none, or cannot be the model's."""
+  pieces = load_vocabulary(str(path), 0).vocab_size
+  if pieces > model.vocab_size:
+    raise UserError(
+      f'{path} has {pieces:,} pieces, and the model {model.vocab_size:,} '
+      'embeddings; it is not of this model: fetch the right one, or remove it'
+    )
 
 
 # What the output is
@@ -206,8 +227,8 @@ def _is_tied(
     if not has_head or same:
       raise UserError(
         f'{described.where}: an mt5 without an {hf_names.LM_HEAD} of its own: '
-        'transformers 4 scales its outputs and 5 does not; say model_type '
-        '"t5" for 4, with "tie_word_embeddings": false too for 5'
+        'transformers 4 scales its outputs and 5 does not; say which it was '
+        'trained with: "transformers_version": "4" or "5"'
       )
     return False
   if scales:
@@ -222,7 +243,8 @@ def _is_tied(
       copies[hf_names.LM_HEAD] = f'equal to {hf_names.SHARED}'
     return True
   if not has_head:
-    if 'scale_decoder_outputs' not in described.given:
+    apart = described['tie_word_embeddings'] is False
+    if apart and 'scale_decoder_outputs' not in described.given:
       raise UserError(
         f'{source.where} lacks {hf_names.LM_HEAD}, and {described.where} says '
         'that the output is not the embedding; fetch the checkpoint again, or '
@@ -367,8 +389,5 @@ def _say_difference(
     difference.largest_encoded, difference.logits, difference.largest_logit,
   )  # fmt: skip
   if not difference.small():
-    log.warning(
-      'that is more than rounding; do not use the converted model before you '
-      'know why'
-    )
-  return dataclasses.asdict(difference)
+    log.warning('that is more than rounding')
+  return dataclasses.asdict(difference) | {'agrees': difference.small()}

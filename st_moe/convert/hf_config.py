@@ -123,10 +123,44 @@ class HfConfig:
     """
     tied = self['tie_word_embeddings'] is not False
     if self.model_type == 'mt5':
-      return None if tied else False
+      return self._old_mt5_scales() if tied else False
     if self.model_type == 't5':
       return bool(self.given.get('scale_decoder_outputs', tied))
     return tied
+
+  def _old_mt5_scales(self) -> bool | None:
+    """Whether the version that wrote the file scales a tied mT5's outputs."""
+    version = str(self.given.get('transformers_version', ''))
+    major = version.partition('.')[0]
+    return int(major) < 5 if major.isdigit() else None
+
+  def number(self, name: str) -> float:
+    """Returns a field that is a number.
+
+    Raises:
+      UserError: it is none.
+    """
+    value = self[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      raise UserError(f'{self.where}: {name} is {value!r}, which is no number')
+    return float(value)
+
+  def sparse_layers(self, stack: str, depth: int) -> tuple[int, ...]:
+    """Returns which layers of a stack are sparse.
+
+    A step that the file names wins over a number of sparse layers, as in
+    transformers.
+    """
+    number = self[f'num_sparse_{stack}_layers']
+    step = _their_step(depth, number)
+    said = self.given.get(f'{stack}_sparse_step', step)
+    if said != step:
+      log.warning(
+        '%s: %s_sparse_step %s and num_sparse_%s_layers %s contradict each '
+        'other; the step holds, as in transformers',
+        self.where, stack, said, stack, number,
+      )  # fmt: skip
+    return _layers_of_step(depth, said)
 
 
 def read_config(folder: Path) -> HfConfig:
@@ -226,7 +260,14 @@ def their_sparse_layers(depth: int, num_sparse: int) -> tuple[int, ...]:
     depth: of the stack.
     num_sparse: as config.json says.
   """
-  step = depth // num_sparse if num_sparse > 0 else depth
+  return _layers_of_step(depth, _their_step(depth, num_sparse))
+
+
+def _their_step(depth: int, num_sparse: int) -> int:
+  return depth // num_sparse if num_sparse > 0 else depth
+
+
+def _layers_of_step(depth: int, step: int) -> tuple[int, ...]:
   if step < 1:
     return ()
   return tuple(i for i in range(depth) if step == 1 or i % step == 1)
@@ -250,8 +291,7 @@ def _placement(config: HfConfig, encoder: int, decoder: int) -> dict[str, Any]:
   """
   depths = {'encoder': encoder, 'decoder': decoder}
   chosen = {
-    stack: their_sparse_layers(n, config[f'num_sparse_{stack}_layers'])
-    for stack, n in depths.items()
+    stack: config.sparse_layers(stack, n) for stack, n in depths.items()
   }
   for step in range(1, max(encoder, decoder) + 1):
     if all(
@@ -290,7 +330,7 @@ def model_config(config: HfConfig, *, tied: bool) -> ModelConfig:
       num_decoder_layers=decoder,
       mlp_activations=_activations(config),
       tie_embeddings=tied,
-      dropout_rate=float(config['dropout_rate']),
+      dropout_rate=config.number('dropout_rate'),
       **{name: config[name] for name in _SAME},
       **_experts(config, encoder, decoder),
     )
@@ -307,10 +347,10 @@ def _experts(config: HfConfig, encoder: int, decoder: int) -> dict[str, Any]:
   router = dataclasses.replace(
     ROUTER_PRESETS['hf_switch'],
     fixed_capacity=config['expert_capacity'],
-    jitter=float(config['router_jitter_noise']),
+    jitter=config.number('router_jitter_noise'),
     dtype=config['router_dtype'],
-    z_loss_weight=config['router_z_loss_coef'],
-    balance_loss_weight=config['router_aux_loss_coef'],
+    z_loss_weight=config.number('router_z_loss_coef'),
+    balance_loss_weight=config.number('router_aux_loss_coef'),
   )
   return {
     'num_experts': config['num_experts'],

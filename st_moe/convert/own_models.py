@@ -19,7 +19,7 @@ from st_moe import losses, trees
 from st_moe.best import Step
 from st_moe.bindings import Binding, Resolver, flatten
 from st_moe.checkpoint import ArrayReader, find_steps
-from st_moe.config import ModelConfig, RunConfig
+from st_moe.config import DataConfig, ModelConfig, RunConfig
 from st_moe.convert import fixed_batch, mapping
 from st_moe.convert.mapping import Index, Leaf, View
 from st_moe.convert.writing import next_step, parameter_shapes, progress
@@ -338,16 +338,23 @@ def write(conversion: Conversion, output: Path, *, check: bool) -> None:
       comment=f'Made by st_moe convert {conversion.record["kind"]}.',
     )
   optimizer = 'fresh' if conversion.opt_state is None else 'carried'
-  flags = (
-    ('--gin.RunConfig.initial_optimizer=carried', '--gin.STEPS=N')
-    if conversion.opt_state is not None
-    else ()
-  )
+  flags = _row_lengths(source.config.data)
+  if conversion.opt_state is not None:
+    flags += ['--gin.RunConfig.initial_optimizer=carried', '--gin.STEPS=N']
   print(
     f'{output}: written, step {source.reader.step}, optimizer {optimizer}; '
     f'{next_step(output, *flags)}',
     flush=True,
   )
+
+
+def _row_lengths(data: DataConfig) -> list[str]:
+  """Returns the flags that keep the rows of a run as long as they were."""
+  return [
+    f'--gin.DataConfig.{name}={getattr(data, name)}'
+    for name in ('inputs_length', 'targets_length')
+    if getattr(data, name) != getattr(DataConfig(), name)
+  ]
 
 
 def _dropless(config: ModelConfig) -> ModelConfig:

@@ -116,8 +116,8 @@ class TensorFiles:
         if described.get_dtype() not in DTYPES:
           raise UserError(
             f'{name} of {file} is {described.get_dtype()}; only '
-            f'{", ".join(DTYPES)} are read, so convert the weights as they '
-            'were before they were quantized'
+            f'{", ".join(DTYPES)} are read: save the weights as one of them, '
+            'as they were before they were quantized, if they were'
           )
         self.tensors[name] = Tensor(
           shape=tuple(described.get_shape()),

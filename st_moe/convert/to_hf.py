@@ -151,13 +151,8 @@ def _write_rest(
 ) -> None:
   """Writes configuration and vocabulary."""
   if reason is None:
-    model_type = hf_config.model_type_of(opened.config.model)
-    if model_type == opened.found.record.get('model_type', '').removeprefix(
-      'm'
-    ):
-      model_type = opened.found.record['model_type']  # mt5
     content = hf_config.config_json(
-      opened.config.model, model_type=model_type, dtype=dtype
+      opened.config.model, model_type=_model_type(opened), dtype=dtype
     )
     generation = {
       'decoder_start_token_id': 0,
@@ -182,6 +177,13 @@ def _write_rest(
     shutil.copyfile(opened.found.vocabulary, folder / name)
 
 
+def _model_type(opened: OwnModel) -> str:
+  """Returns the family that transformers is to know the model by."""
+  family = hf_config.model_type_of(opened.config.model)
+  came_as = opened.found.record.get('model_type', '')
+  return 'mt5' if (came_as, family) == ('mt5', 't5') else family
+
+
 def _say(
   output: Path,
   opened: OwnModel,
@@ -204,7 +206,7 @@ def _say(
       reason,
     )
     return
-  name = hf_config.CLASSES[hf_config.model_type_of(opened.config.model)]
+  name = hf_config.CLASSES[_model_type(opened)]
   log.info(
     "load it:\n  python -c \"import transformers as t; print(t.%s"
     ".from_pretrained('%s'))\"",

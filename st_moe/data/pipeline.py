@@ -121,7 +121,7 @@ def open_stream(
   config: DataConfig, *, seed: int, cache_root: Path | None
 ) -> 'StreamingData':
   """Opens a task over text; as `open_data`, and gives the raw documents."""
-  _check_paths(config)
+  check_paths(config)
   load_tensorflow()
   from st_moe.data import streaming
 
@@ -176,7 +176,7 @@ def _names(task: str) -> list[str]:
   return [part.partition(':')[0].strip() for part in task.split(',')]
 
 
-def _check_paths(config: DataConfig) -> None:
+def check_paths(config: DataConfig) -> None:
   """Finds wrong names and missing files before TensorFlow is loaded."""
   check_names(config.task)
   for name in _names(config.task):

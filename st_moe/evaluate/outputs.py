@@ -1,6 +1,7 @@
 """What the scoring of tasks leaves: a table, answers, files to be submitted."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,7 @@ class Folders:
     folder = self.output
     if folder is None:
       name = f'step_{record["step"]}_{"_".join(sorted(splits))}'
-      folder = self.workdir / _FOLDER / name
+      folder = _new(self.workdir / _FOLDER / name)
       _make(folder, '--output')
     for name, result in scores.results.items():
       path = folder / f'{name}.jsonl'
@@ -69,13 +70,23 @@ class Folders:
   def _submit(self, folder: Path, scores: TaskScores) -> None:
     for name, result in scores.results.items():
       submission.write(folder, name, result.answers, result.examples)
-    print(f'to be submitted, {len(scores.results)} files: {folder}')
+    print(f'to be submitted, files of {len(scores.results)} task(s): {folder}')
     invalid = {n: r.no_answers for n, r in scores.results.items()}
     if any(invalid.values()):
       counts = ', '.join(f'{n} {c:,}' for n, c in invalid.items() if c)
       print(f'texts that are no label are sent as the first label: {counts}')
     if absent := submission.missing(list(scores.results)):
       print(f'a whole submission also has {", ".join(absent)}')
+
+
+def _new(folder: Path) -> Path:
+  """Returns the folder, or its name with a number that is not taken."""
+  numbered = (
+    folder.with_name(f'{folder.name}_{i}') for i in itertools.count(2)
+  )
+  return next(
+    name for name in itertools.chain([folder], numbered) if not name.exists()
+  )
 
 
 def _make(folder: Path, flag: str) -> None:

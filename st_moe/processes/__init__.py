@@ -48,12 +48,16 @@ class _Job:
     settled: whether the meetings are over: others may be computing.
     broken: whether the others can no longer be waited for at the end.
     has_signals: whether JAX listens for SIGTERM.
+    is_command: whether the process ends with the command that it runs.
+    kept: what a process that is alone does not take apart at its end.
   """
 
   joined: bool = False
   settled: bool = False
   broken: bool = False
   has_signals: bool = False
+  is_command: bool = False
+  kept: list[Any] = dataclasses.field(default_factory=list)
 
 
 _job = _Job()
@@ -328,6 +332,19 @@ def abandon() -> None:
   _job.broken = True
 
 
+def keep_to_the_end(readers: Any) -> None:
+  """Says that nothing is to be waited for when the command is done.
+
+  tf.data takes many seconds to stop reading ahead: a process that ends anyway
+  holds on to its readers, and ends at once.
+
+  Args:
+    readers: that are not used again.
+  """
+  if _job.is_command and not _job.joined:
+    _job.kept.append(readers)
+
+
 def run_and_leave(main: Callable[[], int]) -> NoReturn:
   """Runs the program and ends this process with the status it returns.
 
@@ -335,6 +352,7 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
   alone. Then JAX ends those, at once or after 100 seconds without its sign of
   life.
   """
+  _job.is_command = True
   try:
     status = main()
   except Exception as e:
@@ -342,7 +360,7 @@ def run_and_leave(main: Callable[[], int]) -> NoReturn:
       raise
     abandon()
     status = _report(e)
-  if _job.broken:
+  if _job.broken or _job.kept:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -2,12 +2,14 @@
 
 import argparse
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from st_moe import tables
+from st_moe.data import pipeline
 from st_moe.errors import UserError
 from st_moe.study import declaration
 from st_moe.study.declaration import Study
@@ -125,6 +127,12 @@ def _grid(args: argparse.Namespace) -> tuple[Study, Settings, list[Run]]:
   return study, settings, choose(runs, args.arm, args.shard)
 
 
+def _check_data(runs: Sequence[Run]) -> None:
+  """Refuses data that is not there, without TensorFlow and JAX."""
+  for config in dict.fromkeys(run.config.data for run in runs):
+    pipeline.check_paths(config)
+
+
 def run(args: argparse.Namespace, resume_command: str) -> None:
   """Runs or describes a study.
 
@@ -141,22 +149,30 @@ def run(args: argparse.Namespace, resume_command: str) -> None:
   directory = Path(args.workdir) if args.workdir is not None else None
   record = record_of(study, settings, args)
   if args.dry_run:
+    if args.topology is None:  # else the data may be where those devices are
+      _check_data(runs)
     from st_moe.study.costs import print_grid
 
     print_grid(study, settings, runs, directory, args.topology)
     return
   if directory is None:
     raise UserError('study needs --workdir=DIR, or --dry_run')
+  is_new = not (directory / results.STUDY_FILE).is_file()
   results.open_directory(directory, record)
   print('loading JAX', flush=True)
   from st_moe.study import running
 
-  stopped = running.run_grid(
-    directory,
-    runs,
-    metrics=study.metrics(),
-    command=args.argv,
-  )
+  try:
+    stopped = running.run_grid(
+      directory,
+      runs,
+      metrics=study.metrics(),
+      command=args.argv,
+    )
+  except UserError:
+    if is_new:
+      results.discard_directory(directory)
+    raise
   if stopped:
     print(f'{stopped}: saved; go on with:\n  {resume_command}', flush=True)
     return

@@ -15,6 +15,7 @@ from matplotlib.ticker import (
 
 from st_moe.report import BLUE, GREEN, GREY, ORANGE, RED
 
+_FEW_POINTS = 30  # of a curve, which are marked
 _COLOURS = {'agrees': GREEN, 'disagrees': RED}  # others are grey
 
 CAPTIONS = {
@@ -132,7 +133,13 @@ def _draw_curves(summary: dict[str, Any]) -> Figure:
       if curve:
         values = np.array(curve[name], float)  # None becomes NaN
         axes.plot(
-          curve['step'], values, color=colour, lw=1.2, label=arm['name']
+          curve['step'],
+          values,
+          color=colour,
+          lw=1.2,
+          label=arm['name'],
+          marker='o' if len(values) <= _FEW_POINTS else None,
+          ms=3,
         )
   _plain_log_ticks(z_loss)
   handles, labels = loss.get_legend_handles_labels()

@@ -8,6 +8,7 @@ says what they are results of.
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,18 @@ def open_directory(directory: Path, record: dict[str, Any]) -> None:
     raise UserError(
       f'--workdir={directory} cannot be written ({e.strerror}); choose another'
     ) from e
+
+
+def discard_directory(directory: Path) -> None:
+  """Removes what a study left that ended before a step of any run."""
+  began = (directory / 'runs').glob('*/seed_*/metrics.jsonl')
+  if any(began) or (directory / _RESULTS).is_dir():
+    return
+  (directory / STUDY_FILE).unlink(missing_ok=True)
+  for name in ('runs', 'compiled'):
+    shutil.rmtree(directory / name, ignore_errors=True)
+  if not any(directory.iterdir()):
+    directory.rmdir()
 
 
 def _what_it_holds(old: dict[str, Any], new: dict[str, Any]) -> str:

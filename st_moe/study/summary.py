@@ -217,8 +217,13 @@ def _warnings(
       'the runs did not all read the same data: arms may differ for that alone'
     )
   most = max((arm['runs'] for arm in arms), default=0)
-  missing = [arm['name'] for arm in arms if arm['runs'] < most]
-  if missing or not most:
-    names = ', '.join(missing or [arm['name'] for arm in arms])
-    found.append(f'not all runs are done; missing are some of {names}')
+  absent = [arm['name'] for arm in arms if not arm['runs']]
+  fewer = [arm['name'] for arm in arms if 0 < arm['runs'] < most]
+  missing = [
+    f'{what} {", ".join(names)}'
+    for what, names in (('all of', absent), ('some of', fewer))
+    if names
+  ]
+  if missing:
+    found.append(f'not all runs are done; missing are {", and ".join(missing)}')
   return found

@@ -120,11 +120,11 @@ def trace(config: RunConfig, request: Request) -> dict[str, Any]:
     mesh,
     lambda done: _report(done, total),
   )
-  log.info('counting')
+  rows = max(len(one.real) for one in records.values())
+  log.info('counting the tokens of %s rows', f'{rows:,}')
   result = statistics.describe(
     records, opened.vocabulary, config.model.num_experts, request.rows
   )
-  rows = max(len(one.real) for one in records.values())
   result |= {
     'source': {
       'checkpoint': str(request.checkpoint),

@@ -162,14 +162,25 @@ def find_file(name: str, split: str, config: DataConfig) -> Path:
       'say where the files are: --gin.DataConfig.task_dir=FOLDER'
     )
   benchmark = name.partition('.')[0]
-  path = files.find(root, split) or files.find(root / benchmark, split)
-  if path is None:
-    raise UserError(
-      f'task {name!r}: there is no {files.folders[0]}/{files.names[split][0]} '
-      f'in {root}, nor in its folder {benchmark}; unpack the published archive '
-      'there, or set DataConfig.task_dir'
+
+  def find(split: str) -> Path | None:
+    return files.find(root, split) or files.find(root / benchmark, split)
+
+  path = find(split)
+  if path is not None:
+    return path
+  others = [other for other in files.names if find(other)]
+  raise UserError(
+    f'task {name!r}: there is no {files.folders[0]}/{files.names[split][0]} '
+    f'in {root}, nor in its folder {benchmark}; unpack the published archive '
+    'there, or set DataConfig.task_dir'
+    + (
+      f'; or take a split that is there ({", ".join(others)}), with '
+      'DataConfig.train_split and eval_split and EvaluationConfig.split'
+      if others
+      else ''
     )
-  return path
+  )
 
 
 def load_examples(
