@@ -9,9 +9,14 @@ from st_moe.convert.safetensors_files import TensorFiles
 from st_moe.errors import UserError
 from st_moe.stacking import sparse_layers
 
+SIZES = {
+  'vocab_size': 40, 'd_model': 16, 'd_kv': 4, 'd_ff': 8, 'num_layers': 2,
+  'num_heads': 2,
+}  # fmt: skip
+
 
 def read(folder, **content) -> hf_config.HfConfig:
-  (folder / 'config.json').write_text(json.dumps(content))
+  (folder / 'config.json').write_text(json.dumps(SIZES | content))
   return hf_config.read_config(folder)
 
 
@@ -119,6 +124,17 @@ REFUSED = [
 def test_what_we_cannot_hold_is_refused(content, message, tmp_path):
   with pytest.raises(UserError, match=message):
     hf_config.model_config(read(tmp_path, **content), tied=True)
+
+
+def test_sizes_that_are_not_said_are_said_here(tmp_path, caplog):
+  read(tmp_path, model_type='t5')
+  assert not caplog.text
+  sizes = {name: size for name, size in SIZES.items() if name != 'd_model'}
+  path = tmp_path / 'config.json'
+  path.write_text(json.dumps({'model_type': 't5'} | sizes))
+  described = hf_config.read_config(tmp_path)
+  assert hf_config.model_config(described, tied=True).d_model == 512
+  assert 'lacks d_model (512): taken as transformers takes it' in caplog.text
 
 
 def test_a_file_that_contradicts_itself_is_read_as_transformers_reads_it(

@@ -60,8 +60,8 @@ HERE = 'TMP/in/checkpoint_100'
 def test_a_missing_tensor(tmp_path, capsys):
   changed(tmp_path, lambda names: names.pop(QUERY))
   assert refuses(tmp_path, capsys) == (
-    f'error: {HERE} lacks target/{QUERY}; fetch the checkpoint again, or '
-    'correct the configuration beside it'
+    f'error: {HERE} lacks target/{QUERY}; correct the configuration '
+    'beside it, or fetch the checkpoint again'
   )
 
 

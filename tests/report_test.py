@@ -83,7 +83,16 @@ def test_a_finished_run_has_pictures_and_a_page(tmp_path):
   assert list(map(html.unescape, words)) == [
     'st_moe', 'pretrain', "'--workdir=<here>'",
   ]  # fmt: skip
+  assert 'Last gone on with' not in text
   assert '://' not in text  # opens without a network
+
+  info['restarts'] = [{'command': ['st_moe', 'pretrain', '--gin_file=a.gin']}]
+  (tmp_path / 'run.json').write_text(json.dumps(info))
+  first, last = re.findall(
+    r'<p class="command">(.*?)</p>', write_report(tmp_path).read_text()
+  )
+  assert '--gin_file=a.gin' in first
+  assert last == command
 
 
 CB = {'task': 'superglue.cb:9,superglue.copa:1', 'objective': 'none'}

@@ -9,13 +9,14 @@ from st_moe.study.results import Result
 from st_moe.study.summary import summarize
 
 
-def result_of(study, arm, seed, stable=True):
+def result_of(study, arm, seed, stable=True, losses=(7.0, 3.0)):
   key = declaration.METRICS[study.metric].key
   values = {key: -1.0 - seed} if stable else {}
   reason = '' if stable else 'the loss was not finite at step 2'
   return Result(
     arm, seed, 'same', 'text', stable, reason, 2, values,
-    {'step': [2], 'cross_entropy': [3.0], 'router_z_loss': [4.0]}, {},
+    {'step': [1, 2], 'cross_entropy': [*losses], 'router_z_loss': [4.0, 4.0]},
+    {},
   )  # fmt: skip
 
 
@@ -37,6 +38,16 @@ def test_arms_that_were_not_run_are_not_called_unstable():
   ]
   found = summary_of([('none', 0), ('multiplicative', 0)])
   assert found['claims'][0]['why'] == 'no verdict from one seed'
+
+
+def test_runs_that_hardly_learned_are_said_to_have():
+  untrained = [('none', 0, True, (7.0, 6.9)), ('additive', 0, True, (7.0, 6.8))]
+  (warning, *_) = summary_of(untrained)['warnings']
+  assert warning.startswith(
+    'no run has learned much: training cross entropy fell by 3% at most'
+  )
+  trained = [*untrained, ('none', 1)]
+  assert 'fell by' not in ' '.join(summary_of(trained)['warnings'])
 
 
 @pytest.mark.parametrize(

@@ -129,13 +129,14 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
   """
   folder, output = Path(args.source), Path(args.output)
   model_directory.check_output(output)
+  mesh_settings, mesh = mesh_config(args, config), None
+  if mesh_settings is not None:
+    mesh = partitioning.make_mesh(mesh_settings)
   log.info('reading %s', folder)
   conversion = understand(folder, args.resolver)
   log.info('%s', conversion.coverage.describe())
-  mesh_settings = mesh_config(args, config)
-  mesh = abstract = None
-  if mesh_settings is not None:
-    mesh = partitioning.make_mesh(mesh_settings)
+  abstract = None
+  if mesh is not None:
     abstract = abstract_params(conversion.model, mesh, mesh_settings)
     log.info('onto the mesh %s', partitioning.describe(mesh.shape))
   vocabulary = folder / THEIR_VOCABULARY

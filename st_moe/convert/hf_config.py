@@ -83,6 +83,9 @@ _ACTIVATIONS = {
 }
 _THEIR_ACTIVATIONS = {'relu': 'relu', 'gelu': 'gelu_new', 'silu': 'silu'}
 
+# Sizes of tensors, which every file should say.
+_SIZES = ('vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_layers', 'num_heads')
+
 # Fields that both sides call the same.
 _SAME = (
   'vocab_size',
@@ -187,6 +190,14 @@ def read_config(folder: Path) -> HfConfig:
     )
   config = HfConfig(str(path), model_type, given)
   _refuse_others(config)
+  taken = {name: config[name] for name in _SIZES if name not in given}
+  if taken:
+    log.warning(
+      '%s lacks %s: taken as transformers takes %s',
+      path,
+      ', '.join(f'{name} ({value})' for name, value in taken.items()),
+      'it' if len(taken) == 1 else 'them',
+    )
   return config
 
 

@@ -262,8 +262,8 @@ def _refuse_missing(source: Source, wanted: Set[str]) -> None:
     return
   unused = sorted(source.tensors.keys() - wanted)
   raise UserError(
-    f'{source.where} lacks {_first(missing)}; fetch the checkpoint again, or '
-    'correct the configuration beside it'
+    f'{source.where} lacks {_first(missing)}; correct the configuration beside '
+    'it, or fetch the checkpoint again'
     f'{did_you_mean(missing[0], unused)}'
   )
 

@@ -113,12 +113,24 @@ def _in_force(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
   return values
 
 
+def _commands(info: Mapping[str, Any]) -> str:
+  """Returns what began the run, and what it last went on with."""
+  starts = [*info.get('restarts', []), info]
+  given = [start['command'] for start in starts if start.get('command')]
+  if not given:
+    return ''
+  text = f'<p>Command:</p>\n{_command(given[0])}'
+  if given[-1] != given[0]:
+    text += f'\n<p>Last gone on with:</p>\n{_command(given[-1])}'
+  return text
+
+
 def _command(words: Sequence[str]) -> str:
   """Returns a command that is broken between its words only."""
   words = [Path(words[0]).name, *words[1:]]
   spans = (f'<span>{html.escape(shlex.quote(word))}</span>' for word in words)
   text = f'<code>{" ".join(spans)}</code>'
-  return f'<p>Command:</p>\n<p class="command">{text}</p>'
+  return f'<p class="command">{text}</p>'
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
@@ -189,7 +201,7 @@ def render_page(run: Run, title: str, pictures: Mapping[str, bytes]) -> str:
     parts += [
       '<h2>Configuration</h2>',
       _table(settings),
-      _command(run.info['command']) if 'command' in run.info else '',
+      _commands(run.info),
       f'<details><summary>run.json</summary><pre>{html.escape(full)}</pre>'
       '</details>',
     ]

@@ -13,6 +13,8 @@ from st_moe.study import verdicts
 from st_moe.study.declaration import METRICS, Arm, Study
 from st_moe.study.results import CRITERION, Result
 
+_LEARNED = 0.05  # of the loss at the first log line; less is hardly learning
+
 
 def summarize(
   study: Study, record: dict[str, Any], results: Sequence[Result]
@@ -203,6 +205,16 @@ def _claims(
   return rows
 
 
+def _largest_fall(results: Sequence[Result]) -> float | None:
+  """Returns the largest share of its loss that a run has lost; None: no run."""
+  shares = []
+  for result in results:
+    losses = [x for x in result.history['cross_entropy'] if x is not None]
+    if losses:
+      shares.append(1 - losses[-1] / losses[0])
+  return max(shares, default=None)
+
+
 def _warnings(
   arms: Sequence[dict[str, Any]],
   mine: Sequence[Result],
@@ -215,6 +227,11 @@ def _warnings(
   if len({result.data for result in mine}) > 1:
     found.append(
       'the runs did not all read the same data: arms may differ for that alone'
+    )
+  if (fell := _largest_fall(mine)) is not None and fell < _LEARNED:
+    found.append(
+      f'no run has learned much: training cross entropy fell by {fell:.0%} at '
+      'most, so that verdicts say little; give more steps'
     )
   most = max((arm['runs'] for arm in arms), default=0)
   absent = [arm['name'] for arm in arms if not arm['runs']]
