@@ -21,6 +21,7 @@ from tiny_model import (
 from st_moe import partitioning
 from st_moe.config import DataConfig, MeshConfig, RouterConfig, RunConfig
 from st_moe.data.vocabularies import load_vocabulary
+from st_moe.errors import UserError
 from st_moe.main import main
 from st_moe.moe import MoeLayer
 from st_moe.stacking import STACKS, stack_layers
@@ -337,6 +338,12 @@ def test_lines_are_masked_and_long_ones_go_on(tmp_path):
   np.testing.assert_array_equal(
     again.rows[0]['encoder_input_tokens'], found.rows[0]['encoder_input_tokens']
   )
+
+
+def test_sentinels_in_a_line_that_is_masked_are_refused(tmp_path):
+  with pytest.raises(UserError, match='lines.txt, line 2: it has sentinels'):
+    lines_of(tmp_path, 'a\nb <extra_id_0> c\n')
+  assert lines_of(tmp_path, 'b <extra_id_0>\t<extra_id_0> c\n').rows
 
 
 def test_pairs_are_taken_as_they_are(tmp_path, caplog):

@@ -70,7 +70,7 @@ def read_lines(
     num_rows: at most so many.
 
   Raises:
-    UserError: no such file, or no text in it.
+    UserError: no such file, no text in it, or sentinels in what is masked.
   """
   data = config.data
   try:
@@ -95,6 +95,11 @@ def read_lines(
       cut += not whole
       rows.append(model_features(example, **lengths))
       continue
+    if '<extra_id_' in line:
+      raise UserError(
+        f'--input={path}, line {number + 1}: it has sentinels, which masking '
+        'would repeat; give inputs, a tab and targets'
+      )
     tokens = np.asarray(vocabulary.encode(line), np.int32)
     for example in _masked(tokens, vocabulary, data, (config.seed, number)):
       rows.append(model_features(example, **lengths))
