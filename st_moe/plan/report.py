@@ -161,6 +161,8 @@ def _print_run(console: Console, plan: Plan) -> None:
     if chosen
   ]
   fsdp = f'; FSDP of {" and ".join(stored)} weights' if stored else ''
+  if config.mesh.fsdp_slices and plan.mesh['slice'] > 1:
+    fsdp += ', of experts between slices too'
   console.print(f'mesh: {partitioning.describe(plan.mesh)}{fsdp}')
   tools = [
     f'{name} {version}'
