@@ -1,5 +1,6 @@
 """config.json and ModelConfig: oddities of transformers, and refusals."""
 
+import dataclasses
 import json
 
 import pytest
@@ -152,6 +153,29 @@ def test_a_file_that_contradicts_itself_is_read_as_transformers_reads_it(
     "feed_forward_proj 'gated-gelu' and dense_act_fn 'relu' with is_gated_act "
     'True contradict each other'
   ) in caplog.text
+
+
+def test_all_that_is_in_the_way_of_an_export_is_said(tmp_path):
+  described = read(
+    tmp_path,
+    model_type='switch_transformers',
+    num_sparse_encoder_layers=1,
+    num_sparse_decoder_layers=1,
+  )
+  model = hf_config.model_config(described, tied=True)
+  router = dataclasses.replace(model.encoder_router, group_size=64)
+  apart = dataclasses.replace(model, encoder_router=router)
+  assert hf_config.why_not(apart) == 'encoder/RouterConfig.group_size 64'
+  router = dataclasses.replace(router, num_choices=2)
+  alike = dataclasses.replace(
+    model,
+    encoder_router=router,
+    decoder_router=router,
+    mlp_activations=('gelu', 'linear'),
+  )
+  assert hf_config.why_not(alike) == (
+    'gated experts; RouterConfig.num_choices 2; RouterConfig.group_size 64'
+  )
 
 
 def test_whether_the_output_is_scaled_follows_the_version(tmp_path):

@@ -312,7 +312,7 @@ def what_is_kept(
   if noise and copied:
     reasons.append(f'--noise={noise} moves the copies')
   if reasons:
-    return [f'the function is not kept: {"; ".join(reasons)}']
+    return [f'the function may change: {"; ".join(reasons)}']
   return ['the function is kept wherever a token is not dropped']
 
 

@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 THEIR_VOCABULARY = 'spiece.model'
 _FEW_SLOTS = 4  # capacity of the second comparison of a Switch Transformer
+_SHOWN = 3  # names of tensors, in an error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +135,6 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
     mesh = partitioning.make_mesh(mesh_settings)
   log.info('reading %s', folder)
   conversion = understand(folder, args.resolver)
-  log.info('%s', conversion.coverage.describe())
   abstract = None
   if mesh is not None:
     abstract = abstract_params(conversion.model, mesh, mesh_settings)
@@ -142,6 +142,7 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
   vocabulary = folder / THEIR_VOCABULARY
   if vocabulary.is_file():
     _check_vocabulary(vocabulary, conversion.model)
+  log.info('%s', conversion.coverage.describe())
   model_type = conversion.described.model_type
   write_model(
     output,
@@ -178,7 +179,11 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
 
 def _check_vocabulary(path: Path, model: ModelConfig) -> None:
   """Refuses a vocabulary that is none, or cannot be the model's."""
-  pieces = load_vocabulary(str(path), 0).vocab_size
+  try:
+    pieces = load_vocabulary(str(path), 0).vocab_size
+  except UserError as e:
+    why = str(e).partition(';')[0]
+    raise UserError(f'{why}; fetch it again, or remove it') from e
   if pieces > model.vocab_size:
     raise UserError(
       f'{path} has {pieces:,} pieces, and the model {model.vocab_size:,} '
@@ -200,7 +205,9 @@ def _embedding_copies(source: TensorFiles) -> dict[str, str]:
     source.name_also(hf_names.SHARED, copies[0])
   if hf_names.SHARED not in source.tensors:
     raise UserError(
-      f'{source.where} lacks {hf_names.SHARED}; fetch the checkpoint again'
+      f'{source.where} lacks {hf_names.SHARED}: its tensors have other names '
+      f'({", ".join(sorted(source.tensors)[:_SHOWN])}, ...) than those of a '
+      'whole model of transformers'
     )
   for name in copies:
     if not _equal(source, name, hf_names.SHARED):
@@ -317,7 +324,8 @@ def _check_batch(
   capacities = [None, _FEW_SLOTS] if model.num_experts else [None]
   absent = hf_reference.why_absent(_num_bytes(conversion))
   log.info(
-    'running one fixed batch through %s%s',
+    'running one fixed batch of %d rows through %s%s',
+    len(batch['encoder_input_tokens']),
     output,
     ', and through transformers, which holds the whole model in memory'
     if absent is None
@@ -335,8 +343,9 @@ def _check_batch(
     name = 'no capacity' if capacity is None else f'capacity {capacity}'
     if absent is None:
       found[name] = _say_difference(
-        folder, batch, ours, name, capacity or fixed_batch.INPUTS,
-        bool(model.num_experts),
+        folder, batch, ours,
+        name if capacity is None else f'{name} for this check',
+        capacity or fixed_batch.INPUTS, bool(model.num_experts),
       )  # fmt: skip
     else:
       found[name] = {'largest_logit': float(np.abs(ours.logits).max())}

@@ -6,6 +6,7 @@ oddities included; what one side cannot hold is refused.
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -381,41 +382,45 @@ def model_type_of(config: ModelConfig) -> Literal['t5', 'switch_transformers']:
 
 def why_not(config: ModelConfig) -> str | None:
   """Returns why transformers has no class for a model; None: it has one."""
+  return '; '.join(_reasons(config)) or None
+
+
+def _reasons(config: ModelConfig) -> Iterator[str]:
   activations = config.mlp_activations
   if activations[0] not in _THEIR_ACTIVATIONS or activations[1:] not in (
     (),
     ('linear',),
   ):
-    return f'activations {activations}'
+    yield f'activations {activations}'
   if not config.layer_norm_scale:
-    return 'norms without a learned scale'
+    yield 'norms without a learned scale'
   if not config.num_experts:
-    return None
+    return
   if len(activations) > 1:
-    return 'gated experts'
+    yield 'gated experts'
   if (config.expert_d_ff or config.d_ff) != config.d_ff:
-    return 'experts of another width than the dense FFN'
+    yield 'experts of another width than the dense FFN'
   if (config.expert_activations or activations) != activations:
-    return 'experts of another activation than the dense FFN'
-  routers = {
-    stack: getattr(config, f'{stack}_router')
-    for stack in ('encoder', 'decoder')
-  }
-  for stack, router in routers.items():
-    reason = _router_reason(router)
-    if reason:
-      return f'{reason} ({stack})'
+    yield 'experts of another activation than the dense FFN'
+  encoder, decoder = config.encoder_router, config.decoder_router
+  reasons = {'encoder': [*_router_reasons(encoder)]}
+  reasons['decoder'] = [*_router_reasons(decoder)]
+  if reasons['encoder'] == reasons['decoder']:
+    yield from reasons['encoder']
+  else:
+    for stack, of_stack in reasons.items():
+      yield from (f'{stack}/{reason}' for reason in of_stack)
+  for stack in ('encoder', 'decoder'):
     if _num_sparse(config, stack) is None:
-      return f'sparse layers {sparse_layers(config, stack)} of the {stack}'
-  if routers['encoder'].fixed_capacity != routers['decoder'].fixed_capacity:
-    return 'another capacity in the decoder than in the encoder'
-  if routers['encoder'].dtype != routers['decoder'].dtype:
-    return "another dtype of the decoder's routers than of the encoder's"
-  return None
+      yield f'sparse layers {sparse_layers(config, stack)} of the {stack}'
+  if encoder.fixed_capacity != decoder.fixed_capacity:
+    yield 'another capacity in the decoder than in the encoder'
+  if encoder.dtype != decoder.dtype:
+    yield "another dtype of the decoder's routers than of the encoder's"
 
 
-def _router_reason(router: RouterConfig) -> str | None:
-  """Returns what of a router transformers cannot do."""
+def _router_reasons(router: RouterConfig) -> Iterator[str]:
+  """Yields what of a router transformers cannot do."""
   wanted = {
     'kind': 'token_choice',
     'num_choices': 1,
@@ -430,10 +435,9 @@ def _router_reason(router: RouterConfig) -> str | None:
   }
   for name, value in wanted.items():
     if getattr(router, name) != value:
-      return f'RouterConfig.{name} {getattr(router, name)!r}'
+      yield f'RouterConfig.{name} {getattr(router, name)!r}'
   if router.gate_normalization == 'after_drop':
-    return "RouterConfig.gate_normalization 'after_drop'"
-  return None
+    yield "RouterConfig.gate_normalization 'after_drop'"
 
 
 def _num_sparse(config: ModelConfig, stack: str) -> int | None:

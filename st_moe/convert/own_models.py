@@ -311,7 +311,9 @@ def write(conversion: Conversion, output: Path, *, check: bool) -> None:
     items.append(
       ('opt_state', conversion.opt_state, _joined(conversion.opt_state, config))
     )
+  row_lengths = _row_lengths(source)
   record = conversion.record | {
+    'row_lengths': row_lengths,
     'source': source.reader.where,
     'source_step': source.reader.step,
     'source_manifest_sha256': manifest_hash(Path(source.reader.where)),
@@ -338,7 +340,7 @@ def write(conversion: Conversion, output: Path, *, check: bool) -> None:
       comment=f'Made by st_moe convert {conversion.record["kind"]}.',
     )
   optimizer = 'fresh' if conversion.opt_state is None else 'carried'
-  flags = _row_lengths(source.config.data)
+  flags = [f'--gin.DataConfig.{k}={v}' for k, v in row_lengths.items()]
   if conversion.opt_state is not None:
     flags += ['--gin.RunConfig.initial_optimizer=carried', '--gin.STEPS=N']
   print(
@@ -348,13 +350,18 @@ def write(conversion: Conversion, output: Path, *, check: bool) -> None:
   )
 
 
-def _row_lengths(data: DataConfig) -> list[str]:
-  """Returns the flags that keep the rows of a run as long as they were."""
-  return [
-    f'--gin.DataConfig.{name}={getattr(data, name)}'
+def _row_lengths(source: OwnModel) -> dict[str, int]:
+  """Returns the lengths of rows on which a model was trained, as far as known.
+
+  Those that are not the default.
+  """
+  data = source.config.data
+  known = {
+    name: getattr(data, name)
     for name in ('inputs_length', 'targets_length')
     if getattr(data, name) != getattr(DataConfig(), name)
-  ]
+  }
+  return known or source.found.record.get('row_lengths', {})
 
 
 def _dropless(config: ModelConfig) -> ModelConfig:
