@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from st_moe.convert import from_hf, hf_config
+from st_moe.convert import from_hf, hf_config, hf_export
 from st_moe.convert.safetensors_files import TensorFiles
 from st_moe.errors import UserError
 from st_moe.stacking import sparse_layers
@@ -58,8 +58,8 @@ def test_a_switch_model_has_them_there_too_and_goes_back(
   assert sparse_layers(model, 'encoder') == PLACEMENTS[encoder]
   assert sparse_layers(model, 'decoder') == PLACEMENTS[decoder]
   assert model.decoder_router.fixed_capacity == 7
-  assert hf_config.why_not(model) is None
-  back = hf_config.config_json(
+  assert hf_export.why_not(model) is None
+  back = hf_export.config_json(
     model, model_type='switch_transformers', dtype='float32'
   )
   assert hf_config.model_config(read(tmp_path, **back), tied=True) == model
@@ -165,7 +165,7 @@ def test_all_that_is_in_the_way_of_an_export_is_said(tmp_path):
   model = hf_config.model_config(described, tied=True)
   router = dataclasses.replace(model.encoder_router, group_size=64)
   apart = dataclasses.replace(model, encoder_router=router)
-  assert hf_config.why_not(apart) == 'encoder/RouterConfig.group_size 64'
+  assert hf_export.why_not(apart) == 'encoder/RouterConfig.group_size 64'
   router = dataclasses.replace(router, num_choices=2)
   alike = dataclasses.replace(
     model,
@@ -173,7 +173,7 @@ def test_all_that_is_in_the_way_of_an_export_is_said(tmp_path):
     decoder_router=router,
     mlp_activations=('gelu', 'linear'),
   )
-  assert hf_config.why_not(alike) == (
+  assert hf_export.why_not(alike) == (
     'gated experts; RouterConfig.num_choices 2; RouterConfig.group_size 64'
   )
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from st_moe import model_directory, stacking
 from st_moe.config import ModelConfig, to_dict
-from st_moe.convert import hf_config, hf_names
+from st_moe.convert import hf_config, hf_export, hf_names
 from st_moe.convert.mapping import Leaf, View, in_form, one, reversed_leaves
 from st_moe.convert.own_models import OwnModel, open_model
 from st_moe.convert.safetensors_files import (
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, config: Any) -> None:
   limit = parse_size(args.max_shard_size)
   log.info('reading %s', source)
   opened = open_model(source, args.step)
-  reason = hf_config.why_not(opened.config.model)
+  reason = hf_export.why_not(opened.config.model)
   leaves = (
     hf_names.make_leaves(opened.config.model)
     if reason is None
@@ -151,7 +151,7 @@ def _write_rest(
 ) -> None:
   """Writes configuration and vocabulary."""
   if reason is None:
-    content = hf_config.config_json(
+    content = hf_export.config_json(
       opened.config.model, model_type=_model_type(opened), dtype=dtype
     )
     generation = {
@@ -179,7 +179,7 @@ def _write_rest(
 
 def _model_type(opened: OwnModel) -> str:
   """Returns the family that transformers is to know the model by."""
-  family = hf_config.model_type_of(opened.config.model)
+  family = hf_export.model_type_of(opened.config.model)
   came_as = opened.found.record.get('model_type', '')
   return 'mt5' if (came_as, family) == ('mt5', 't5') else family
 
