@@ -15,7 +15,11 @@ def result_of(study, arm, seed, stable=True, losses=(7.0, 3.0)):
   reason = '' if stable else 'the loss was not finite at step 2'
   return Result(
     arm, seed, 'same', 'text', stable, reason, 2, values,
-    {'step': [1, 2], 'cross_entropy': [*losses], 'router_z_loss': [4.0, 4.0]},
+    {
+      'step': [*range(len(losses))],
+      'cross_entropy': [*losses],
+      'router_z_loss': [4.0] * len(losses),
+    },
     {},
   )  # fmt: skip
 
@@ -46,6 +50,8 @@ def test_runs_that_hardly_learned_are_said_to_have():
   assert warning.startswith(
     'no run has learned much: training cross entropy fell by 3% at most'
   )
+  (warning, *_) = summary_of([('none', 0, True, (7.0,))])['warnings']
+  assert warning.startswith('no run has two lines in its log')
   trained = [*untrained, ('none', 1)]
   assert 'fell by' not in ' '.join(summary_of(trained)['warnings'])
 
@@ -53,7 +59,7 @@ def test_runs_that_hardly_learned_are_said_to_have():
 @pytest.mark.parametrize(
   ('seeds', 'flags'),
   [
-    ((0, 1), ' --seeds=2 --workdir=DIR'),
+    ((0, 1), ' --arm=none --seeds=2 --workdir=DIR'),
     ((0, 2), ''),  # which no --seeds gives
     ((), ''),
   ],

@@ -104,6 +104,8 @@ def _check_flags(name: str, argv: list[str], command: Parser) -> None:
       continue
     if flag not in flags:
       near = _setting(flag, value) or did_you_mean(flag, flags)
+      if (singular := flag.removesuffix('s')) in flags:  # --steps=best
+        near = f'; did you mean {singular}?'
       raise UserError(
         f'{name} has no argument {flag}'
         + (near or f'; see `st_moe {name} --help`')

@@ -40,6 +40,12 @@ def list_studies() -> None:
   )
 
 
+def _shortened(verdict: str) -> str:
+  """Returns a verdict without its reason, which the report has."""
+  text, _, why = verdict.partition(' (')
+  return 'not run yet' if why.startswith('not run yet') else text
+
+
 def report(directory: Path) -> None:
   """Writes the report of a folder, and prints its verdicts."""
   from st_moe.study.report import claims_table, write_report
@@ -51,7 +57,7 @@ def report(directory: Path) -> None:
       Console(highlight=False, soft_wrap=True),
       f'{summary["title"]}, scale {summary["scale"]}',
       [header[0], *header[2:]],
-      [[row[0], *row[2:-1], row[-1].partition(' (')[0]] for row in rows],
+      [[row[0], *row[2:-1], _shortened(row[-1])] for row in rows],
     )
   for text in summary['warnings']:
     print(f'warning: {text}')

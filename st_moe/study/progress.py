@@ -18,7 +18,11 @@ from st_moe.study.grid import Run, steps_to_train
 from st_moe.study.results import Result
 
 _SECONDS_BETWEEN_LINES = 60.0  # of one run, where there are no bars
-_SCORE = 'eval/neg_log_perplexity_all_targets'
+# What is shown of a run that is done, as far as it has it.
+_SHOWN = {
+  'peak/eval/score': 'highest score {:.2f}',
+  'eval/neg_log_perplexity_all_targets': 'negative log perplexity {:.4f}',
+}
 
 
 class GridProgress:
@@ -98,9 +102,11 @@ class GridProgress:
     self._done += 1
     for result in results:
       parts = [f'  {result.arm}  seed {result.seed}']
-      if _SCORE in result.values:
-        score = result.values[_SCORE]
-        parts.append(f'negative log perplexity {score:.4f}')
+      parts += [
+        form.format(result.values[name])
+        for name, form in _SHOWN.items()
+        if name in result.values
+      ]
       if not result.stable:
         parts.append(f'unstable: {result.reason}')
       self._print('  '.join(parts))

@@ -37,7 +37,7 @@ def summarize(
     'paper': study.paper,
     'setting': study.setting,
     'scale': scale,
-    'command': _command(record['command'], mine),
+    'command': _command(record['command'], [*known], mine),
     'metric': {
       'name': study.metric,
       'label': METRICS[study.metric].label,
@@ -58,11 +58,16 @@ def summarize(
   }
 
 
-def _command(command: str, results: Sequence[Result]) -> str:
+def _command(
+  command: str, arms: Sequence[str], results: Sequence[Result]
+) -> str:
   """Returns a command that makes these results, in a folder DIR."""
   seeds = sorted({result.seed for result in results})
   if not seeds or seeds != [*range(len(seeds))]:
     return command  # no --seeds gives these
+  made = {result.arm for result in results}
+  if made < {*arms}:
+    command += ''.join(f' --arm={arm}' for arm in arms if arm in made)
   return f'{command} --seeds={len(seeds)} --workdir=DIR'
 
 
@@ -206,11 +211,11 @@ def _claims(
 
 
 def _largest_fall(results: Sequence[Result]) -> float | None:
-  """Returns the largest share of its loss that a run has lost; None: no run."""
+  """Returns the largest share of its loss that a run has lost, if any says."""
   shares = []
   for result in results:
     losses = [x for x in result.history['cross_entropy'] if x is not None]
-    if losses:
+    if len(losses) > 1:
       shares.append(1 - losses[-1] / losses[0])
   return max(shares, default=None)
 
@@ -228,7 +233,13 @@ def _warnings(
     found.append(
       'the runs did not all read the same data: arms may differ for that alone'
     )
-  if (fell := _largest_fall(mine)) is not None and fell < _LEARNED:
+  fell = _largest_fall(mine)
+  if mine and fell is None:
+    found.append(
+      'no run has two lines in its log, so that none says whether it learned: '
+      'verdicts say little; give more steps'
+    )
+  elif mine and fell < _LEARNED:
     found.append(
       f'no run has learned much: training cross entropy fell by {fell:.0%} at '
       'most, so that verdicts say little; give more steps'
