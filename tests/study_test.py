@@ -308,6 +308,17 @@ def test_wrong_words_end_with_one_line(argv, expected, capsys):
   assert error.startswith(f'error: {expected}') and error.count('\n') == 1
 
 
+def test_an_arm_that_nobody_asked_for_may_be_impossible(capsys):
+  argv = ['study', 'cf_top_n', '--gin.ModelConfig.num_experts=2', '--dry_run']
+  argv.append('--topology=v5p:4x4x4')
+  assert main(argv) == 2
+  assert 'num_choices 3 exceeds num_experts 2' in capsys.readouterr().err
+  assert main([*argv, '--arm=top1_cf125_eval125', '--seeds=1']) == 0
+  assert '\n1 run, ' in capsys.readouterr().out
+  assert main([*argv, '--arm=top1_cf125']) == 2
+  assert '--arm=top1_cf125 is none of dense, ' in capsys.readouterr().err
+
+
 def test_data_that_is_not_there_leaves_no_folder(tmp_path, capsys):
   argv = ['study', 'bias', '--gin.TASK=text', '--gin.FILES=/nowhere.txt']
   for more in (['--dry_run'], [f'--workdir={tmp_path}/bias']):

@@ -11,6 +11,7 @@ from st_moe.bindings import Binding
 from st_moe.commands import starting
 from st_moe.config import RunConfig
 from st_moe.errors import UserError
+from st_moe.gin_files import load_config
 from st_moe.model_gin import gin_file_of, no_model
 from st_moe.workdir import check_parents
 
@@ -48,7 +49,28 @@ def _of_a_model(
   named = any(one.name == 'TASK' for one in args.gin_bindings)
   if of_text and named and not args.gin_file:
     files.append(_EVALUATE_FILE)
+    flags = [*_own_task_dir(args, found), *flags]
   return starting.configure(args, files, flags)
+
+
+def _own_task_dir(args: argparse.Namespace, found: Path) -> list[Binding]:
+  """Returns where a run's own tasks are, unless the user says where they are.
+
+  Without it the macros of runs/evaluate.gin would bind no folder.
+  """
+  from st_moe.data.downstream.catalog import is_answer_task
+
+  given = {binding.name: binding.value for binding in args.gin_bindings}
+  names = [part.partition(':')[0] for part in str(given['TASK']).split(',')]
+  folder = load_config([str(found)]).data.task_dir
+  wanted = all(is_answer_task(name.strip()) for name in names)
+  if (
+    folder is None
+    or not wanted
+    or {'TASK_DIR', 'DataConfig.task_dir'} & (given.keys())
+  ):
+    return []
+  return [Binding('TASK_DIR', folder, str(found))]
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -114,6 +114,26 @@ def _with_given_models(study: Study, settings: Settings) -> Study:
   return study.with_arms(kept)
 
 
+def _without_illegal(
+  study: Study, settings: Settings, chosen: Sequence[str]
+) -> Study:
+  """Leaves out arms that nobody asked for and that flags make impossible.
+
+  Or equal to another, and so no arm.
+  """
+  kept, seen = set(chosen), []
+  arms = study.arms_at(settings.scale)
+  for arm in sorted(arms, key=lambda arm: arm.name not in chosen):
+    try:
+      config = configure(study, arm, settings, 0)
+    except UserError:
+      continue
+    if config not in seen:
+      kept.add(arm.name)
+      seen.append(config)
+  return study.with_arms([arm.name for arm in arms if arm.name in kept])
+
+
 def _grid(args: argparse.Namespace) -> tuple[Study, Settings, list[Run]]:
   study = declaration.find_study(args.name)
   find_scale(args.scale)
@@ -129,6 +149,8 @@ def _grid(args: argparse.Namespace) -> tuple[Study, Settings, list[Run]]:
     args.dense_checkpoint,
   )
   study = _with_given_models(study, settings)
+  if args.arm:
+    study = _without_illegal(study, settings, args.arm)
   runs = make_grid(study, settings, range(args.seeds))
   return study, settings, choose(runs, args.arm, args.shard)
 
