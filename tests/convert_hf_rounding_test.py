@@ -1,9 +1,9 @@
 """Models of odd sizes, as transformers draws them: what differs is rounding.
 
 With the weights of its initializers outputs agree within 1e-4 at these sizes.
-With larger ones, or a narrow model whose untied logits are near 20, transformers
-itself is further than that from its own float64, so there float64 is the
-reference, and its float32 the measure.
+With larger ones, or a narrow model whose untied logits are near 20,
+transformers itself is further than that from its own float64, so there float64
+is the reference, and its float32 the measure.
 """
 
 import jax
