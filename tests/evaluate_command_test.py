@@ -168,6 +168,15 @@ def test_a_submission_answers_the_test_split(model, files, tmp_path, capsys):
   assert 'a whole submission also has BoolQ, COPA, MultiRC, ReCoRD' in printed
   record = json.loads((folder / 'scores.json').read_text())
   assert not any(name.startswith('eval/') for name in record)
+  # Another evaluation of the step leaves those answers alone.
+  kept = (folder / 'superglue.cb.jsonl').read_bytes()
+  flags = ['--gin.TASK=superglue.wsc', '--gin.SPLIT=test']
+  assert main(command(model, files, *flags)) == 0
+  again = folder.with_name('step_7_test_2')
+  assert {path.name for path in again.iterdir()} == {
+    'superglue.wsc.jsonl', 'scores.json',
+  }  # fmt: skip
+  assert (folder / 'superglue.cb.jsonl').read_bytes() == kept
 
 
 @pytest.mark.parametrize(

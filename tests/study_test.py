@@ -1,16 +1,19 @@
 """Studies: declarations, grids, their cost; every arm is a legal run."""
 
+import io
 import json
 import re
+import types
 
 import pytest
+from rich.console import Console
 
 from st_moe import gin_files
 from st_moe.bindings import operative_config
 from st_moe.errors import UserError
 from st_moe.gin_files import load_config, parse_flag
 from st_moe.main import main
-from st_moe.study import declaration, grid
+from st_moe.study import declaration, grid, progress
 from st_moe.study.grid import SCALES, Settings, choose, make_grid
 
 STUDIES = declaration.names()
@@ -317,6 +320,26 @@ def test_an_arm_that_nobody_asked_for_may_be_impossible(capsys):
   assert '\n1 run, ' in capsys.readouterr().out
   assert main([*argv, '--arm=top1_cf125']) == 2
   assert '--arm=top1_cf125 is none of dense, ' in capsys.readouterr().err
+
+
+def test_a_pipe_is_told_each_minute_how_far_a_run_is(monkeypatch):
+  now, out = [0.0], io.StringIO()
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+  (run, *_) = grid_of('bias', flags=())
+  state = types.SimpleNamespace(step=0)
+  console = Console(file=out, width=80)
+  with (
+    progress.GridProgress(1, [300], console) as bars,
+    bars.run(run, state) as shown,
+  ):
+    for step, seconds in ((10, 59), (20, 60), (30, 119), (40, 121)):
+      now[0] = seconds
+      shown.update(step, {'loss': 5.0})
+  told = [line for line in out.getvalue().splitlines() if 'step' in line]
+  assert told == [
+    '  step 20 of 300  loss 5.0000',
+    '  step 40 of 300  loss 5.0000',
+  ]
 
 
 def test_data_that_is_not_there_leaves_no_folder(tmp_path, capsys):

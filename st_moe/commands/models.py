@@ -58,17 +58,14 @@ def _own_task_dir(args: argparse.Namespace, found: Path) -> list[Binding]:
 
   Without it the macros of runs/evaluate.gin would bind no folder.
   """
-  from st_moe.data.downstream.catalog import is_answer_task
+  from st_moe.data.downstream import catalog
 
   given = {binding.name: binding.value for binding in args.gin_bindings}
-  names = [part.partition(':')[0] for part in str(given['TASK']).split(',')]
+  if 'TASK_DIR' in given or 'DataConfig.task_dir' in given:
+    return []
   folder = load_config([str(found)]).data.task_dir
-  wanted = all(is_answer_task(name.strip()) for name in names)
-  if (
-    folder is None
-    or not wanted
-    or {'TASK_DIR', 'DataConfig.task_dir'} & (given.keys())
-  ):
+  names = catalog.split_names(str(given['TASK']))
+  if folder is None or not all(map(catalog.is_answer_task, names)):
     return []
   return [Binding('TASK_DIR', folder, str(found))]
 

@@ -161,7 +161,7 @@ def check_names(task: str) -> None:
   """
   if task == 'cache':  # stands alone
     return
-  for name in _names(task):
+  for name in catalog.split_names(task):
     if sources.is_built_in(name) or catalog.is_answer_task(name):
       continue
     if 'seqio' in sys.modules:
@@ -172,14 +172,10 @@ def check_names(task: str) -> None:
       raise sources.unknown_task(name, catalog.names())
 
 
-def _names(task: str) -> list[str]:
-  return [part.partition(':')[0].strip() for part in task.split(',')]
-
-
 def check_paths(config: DataConfig) -> None:
   """Finds wrong names and missing files before TensorFlow is loaded."""
   check_names(config.task)
-  for name in _names(config.task):
+  for name in catalog.split_names(config.task):
     if catalog.is_answer_task(name):
       for task in catalog.members(name):
         for split in catalog.splits(task, config):

@@ -147,10 +147,8 @@ def named_tasks(config: RunConfig) -> tuple[str, ...]:
   """
   if config.evaluation.task_names:
     return config.evaluation.task_names
-  parts = (part.partition(':')[0] for part in config.data.task.split(','))
-  return tuple(
-    name for part in parts if catalog.is_answer_task(name := part.strip())
-  )
+  names = catalog.split_names(config.data.task)
+  return tuple(filter(catalog.is_answer_task, names))
 
 
 @dataclasses.dataclass(frozen=True)

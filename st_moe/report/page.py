@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from st_moe.data.downstream.catalog import is_answer_task
+from st_moe.data.downstream.catalog import is_answer_task, split_names
 from st_moe.report import answers
 from st_moe.report.run import Run
 
@@ -103,8 +103,7 @@ def _in_force(part: str, config: Mapping[str, Any]) -> dict[str, Any]:
   if part == 'optimizer' and values.get('schedule') == 'constant':
     values.pop('warmup_steps', None)
   if part == 'data':
-    tasks = str(values.get('task', '')).split(',')
-    names = [task.partition(':')[0].strip() for task in tasks]
+    names = split_names(str(values.get('task', '')))
     if all(map(is_answer_task, names)):
       values.pop('objective', None)
     if values.get('vocabulary') == 'auto' and config.get('initial_checkpoint'):

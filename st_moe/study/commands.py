@@ -20,6 +20,7 @@ from st_moe.study.grid import (
   configure,
   find_scale,
   fingerprint,
+  left_to_do,
   make_grid,
 )
 
@@ -185,6 +186,7 @@ def run(args: argparse.Namespace, resume_command: str) -> None:
     return
   if directory is None:
     raise UserError('study needs --workdir=DIR, or --dry_run')
+  _check_data(left_to_do(directory, runs))
   is_new = not (directory / results.STUDY_FILE).is_file()
   results.open_directory(directory, record)
   print('loading JAX', flush=True)
@@ -197,7 +199,7 @@ def run(args: argparse.Namespace, resume_command: str) -> None:
       metrics=study.metrics(),
       command=args.argv,
     )
-  except UserError:
+  except UserError:  # of what only the start of a run finds
     if is_new:
       results.discard_directory(directory)
     raise

@@ -51,7 +51,7 @@ def summarize(
     'stability': CRITERION,
     'confidence': verdicts.CONFIDENCE,
     'notes': list(study.notes),
-    'warnings': _warnings(arms, mine, results),
+    'warnings': _warnings(study, arms, mine, results),
     'made_by': sorted(
       {', '.join(f'{k} {v}' for k, v in r.made_by.items()) for r in mine}
     ),
@@ -220,7 +220,24 @@ def _largest_fall(results: Sequence[Result]) -> float | None:
   return max(shares, default=None)
 
 
+def _hardly_learned(results: Sequence[Result]) -> list[str]:
+  """Returns a warning where no run shows that it learned."""
+  fell = _largest_fall(results)
+  if fell is None:
+    return [
+      'no run has two lines in its log, so that none says whether it learned: '
+      'verdicts say little; give more steps'
+    ]
+  if fell >= _LEARNED:
+    return []
+  return [
+    f'no run has learned much: training cross entropy fell by {fell:.0%} at '
+    'most, so that verdicts say little; give more steps'
+  ]
+
+
 def _warnings(
+  study: Study,
   arms: Sequence[dict[str, Any]],
   mine: Sequence[Result],
   results: Sequence[Result],
@@ -233,17 +250,8 @@ def _warnings(
     found.append(
       'the runs did not all read the same data: arms may differ for that alone'
     )
-  fell = _largest_fall(mine)
-  if mine and fell is None:
-    found.append(
-      'no run has two lines in its log, so that none says whether it learned: '
-      'verdicts say little; give more steps'
-    )
-  elif mine and fell < _LEARNED:
-    found.append(
-      f'no run has learned much: training cross entropy fell by {fell:.0%} at '
-      'most, so that verdicts say little; give more steps'
-    )
+  if mine and METRICS[study.metric].repeats:  # steps are timed untrained too
+    found += _hardly_learned(mine)
   most = max((arm['runs'] for arm in arms), default=0)
   absent = [arm['name'] for arm in arms if not arm['runs']]
   fewer = [arm['name'] for arm in arms if 0 < arm['runs'] < most]

@@ -79,6 +79,11 @@ def is_answer_task(name: str) -> bool:
   return name in _TASKS or name in _MIXTURES
 
 
+def split_names(task: str) -> list[str]:
+  """Returns the names in a `DataConfig.task`, without their rates."""
+  return [part.partition(':')[0].strip() for part in task.split(',')]
+
+
 def members(name: str) -> tuple[str, ...]:
   """Returns all tasks of a mixture; a task is itself."""
   return _MIXTURES.get(name, (name,))
