@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from st_moe.config import ModelConfig
-from st_moe.convert import hf_config, hf_names
+from st_moe.convert import hf_export, hf_names
 from st_moe.convert.safetensors_files import Entry, shards_of, write_shards
 
 # The converter's own memory at most, not that of transformers in a process of
@@ -47,7 +47,7 @@ def write_source(folder: Path) -> int:
     )
   folder.mkdir()
   write_shards(folder, shards_of(entries, 200 << 20))
-  content = hf_config.config_json(CONFIG, model_type='t5', dtype='float32')
+  content = hf_export.config_json(CONFIG, model_type='t5', dtype='float32')
   (folder / 'config.json').write_text(json.dumps(content))
   return sum(entry.nbytes for entry in entries)
 
