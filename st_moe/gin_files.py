@@ -157,20 +157,20 @@ def read_file(path: Path, chain: tuple[Path, ...] = ()) -> list[Binding]:
   return bindings
 
 
-def parse_flag(text: str) -> Binding:
-  """Reads 'NAME=VALUE' of `--gin.NAME=VALUE`.
+def parse_flag(text: str, flag: str = '--gin.') -> Binding:
+  """Reads 'NAME=VALUE' of `--gin.NAME=VALUE`, or of another flag.
 
   What is no gin value is a string: `--gin.TASK=docstrings`.
   """
   name, equals, value_text = text.partition('=')
   if not equals or not name:
-    raise UserError(f'--gin.{name} needs a value: --gin.{name}=VALUE')
+    raise UserError(f'{flag}{name} needs a value: {flag}{name}=VALUE')
   try:
     (statement,) = _parse(f'value = {value_text}')
     value = statement.value
   except (SyntaxError, ValueError):
     value = value_text
-  return _binding(name, value, f'--gin.{name}')
+  return _binding(name, value, f'{flag}{name}')
 
 
 def read_bindings(

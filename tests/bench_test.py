@@ -227,6 +227,19 @@ def test_gin_gives_what_flags_do_not(capsys):
       ['step', '--gin_file=runs/quickstart.gin', '--gin.BATCH_SIZE=3'],
       'batch_size 3 is not divisible by 8 data shards',
     ),
+    (
+      ['step', *STEP, '--compare', 'BATCH_SIZE=16', 'BATCH_SIZE=9'],
+      'batch_size 9 is not divisible by 8 data shards',
+    ),
+    (
+      ['step', *STEP, '--compare', 'ModelConfig.scan_layer=True'],
+      '--compare ModelConfig.scan_layer: ModelConfig has no field',
+    ),
+    (['step', *STEP, '--compare=BATCH_SIZE'], '--compare BATCH_SIZE needs a '),
+    (
+      ['step', *STEP, '--compare', 'BATCH_SIZE=8'],
+      '--compare BATCH_SIZE=8: that is the step as given',
+    ),
   ],
 )
 def test_wrong_input_ends_with_one_line(capsys, argv, message):
@@ -258,6 +271,26 @@ def test_bench_step_accounts_for_the_step(capsys):
   for part in ('routing', 'experts', 'attention', 'optimizer', 'softmax, loss'):
     assert found['shares'][part] > 0, part
     assert part in printed
+
+
+def test_steps_with_other_settings_take_turns_with_the_one_given(capsys):
+  other = ['ModelConfig.remat_policy=full', 'ModelConfig.dispatch=einsum']
+  argv = ['bench', 'step', *STEP, '--output=out', '--compare', *other]
+  assert main([*argv, '--compare', 'BATCH_SIZE=16']) == 0
+  found = results('out')
+  printed = capsys.readouterr().out
+  assert 'of 2 rounds [quartiles]; ratios are of the time of a token' in printed
+  first, second = (
+    found['compared'].pop(name) for name in (' '.join(other), 'BATCH_SIZE=16')
+  )
+  assert not found['compared']
+  # The same weights and batches, computed in another way; twice as many rows.
+  assert first['loss'] == pytest.approx(found['loss'], rel=1e-5)
+  assert first['parameters'] == found['parameters']
+  assert (first['tokens'], second['tokens']) == (8 * 24, 16 * 24)
+  times = zip(second['step']['wall_s'], found['step']['wall_s'], strict=True)
+  ratios = [b / second['tokens'] / (a / found['tokens']) for b, a in times]
+  assert second['over_given']['median'] == pytest.approx(np.median(ratios))
 
 
 def test_steps_that_are_not_finite_are_not_reported(capsys):

@@ -112,6 +112,15 @@ def add_bench(subparsers: Any) -> dict[str, Parser]:
   step = add_command(kinds, 'step', 'the training step of a configuration', '')
   step.epilog = 'Example: st_moe bench step --gin_file=runs/quickstart.gin'
   step.add_argument('--rounds', type=int, default=10, help='steps timed (10)')
+  step.add_argument(
+    '--compare',
+    nargs='+',
+    action='append',
+    default=[],
+    metavar='NAME=VALUE',
+    help='time it with these settings too, in turns with the step as given; '
+    'may be repeated, one more step each',
+  )
   generate = add_command(
     kinds, 'generate', 'generation with the model of a configuration', ''
   )

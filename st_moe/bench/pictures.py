@@ -120,14 +120,32 @@ def draw_step(results: dict[str, Any]) -> Figure:
   shares = results['shares']
   flops = results['model_flops']
   total = sum(flops.values())
-  figure = Figure(figsize=(11, 3.8), layout='constrained')
-  time, work = figure.subplots(1, 2)
+  compared = results['compared']
+  panels = 3 if compared else 2
+  figure = Figure(figsize=(5.5 * panels, 3.8), layout='constrained')
+  time, work, *rest = figure.subplots(1, panels)
   seconds = results['step']['wall']['median']
   _prepare(time, f'Time of a step, {1e3 * seconds:,.4g} ms', 'percent')
   _prepare(work, f'Model FLOPs of a step, {total:.3g}', 'percent')
   _shares(time, shares, BLUE)
   _shares(work, {part: n / total for part, n in flops.items()}, GREEN)
+  if compared:
+    _compared(rest[0], {name: c['over_given'] for name, c in compared.items()})
   return figure
+
+
+def _compared(axes: Axes, over_given: dict[str, dict[str, float]]) -> None:
+  """One bar for each step with other settings, over the one as given."""
+  _prepare(axes, 'Other settings', 'time / time of the step as given')
+  for at, spread in enumerate(over_given.values()):
+    _bar(axes, at, Spread(**spread), color=ORANGE)
+  axes.axvline(1.0, color=GREY, linewidth=1, linestyle='--')
+  axes.set_yticks(
+    range(len(over_given)), [name.replace(' ', '\n') for name in over_given]
+  )
+  axes.margins(x=0.12, y=0.3)
+  axes.set_xlim(left=0)
+  axes.invert_yaxis()
 
 
 def _shares(axes: Axes, shares: dict[str, float], colour: str) -> None:

@@ -2,12 +2,14 @@
 
 The step is the one that `st_moe pretrain` runs, on its mesh, with parameters
 as at its start and batches of random tokens of full length; a new batch each
-step, out of a few. Tokens are those of inputs and targets.
+step, out of a few. Tokens are those of inputs and targets. Steps with other
+settings are taken in turns with it, each from a state of its own.
 """
 
 import argparse
 import dataclasses
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -21,43 +23,52 @@ from st_moe.bench.results import (
   Output,
   as_json,
   mebibytes,
+  medians,
   milliseconds,
+  number,
   open_output,
 )
 from st_moe.bench.shares import traced_shares
-from st_moe.bench.timing import Sample, Spread, flops, run_rounds, temp_bytes
+from st_moe.bench.timing import (
+  Sample,
+  Spread,
+  flops,
+  ratio,
+  run_rounds,
+  temp_bytes,
+)
 from st_moe.config import RunConfig, to_dict
 from st_moe.errors import RunStopped, UserError
 from st_moe.preflight import check_run
 from st_moe.train_state import parameter_counts
 from st_moe.train_step import step_program
 
+AS_GIVEN = 'as given'
 _BATCHES = 4
 _TRACED_STEPS = 3
+_COLUMNS = (
+  'step', 'wall ms', 'cpu ms', 'time / as given', 'cpu', 'temp MiB',
+  'compile s',
+)  # fmt: skip
 
 
 class TrainStep:
   """The compiled step of a run and its state.
 
   Attributes:
+    name: AS_GIVEN, or the settings in which it differs.
+    tokens: of a step.
     compiled: the executable.
     compile_seconds: of tracing and compiling.
     counts: numbers of parameters.
     mesh: of the run.
   """
 
-  name = 'step'
-
-  def __init__(self, config: RunConfig):
-    """Builds the step as training does, and takes one.
-
-    Raises:
-      UserError: when sizes do not divide over the mesh.
-    """
-    self.mesh = partitioning.make_mesh(config.mesh)
-    if jax.process_count() > 1:
-      raise UserError('bench step runs on the devices of one process only')
-    check_run(config, config.model.vocab_size, self.mesh)
+  def __init__(self, name: str, config: RunConfig, mesh: jax.sharding.Mesh):
+    """Builds the step as training does, and takes one."""
+    self.name, self.mesh = name, mesh
+    lengths = config.data.inputs_length + config.data.targets_length
+    self.tokens = config.batch_size * lengths
     begin = time.perf_counter()
     program = step_program(config, self.mesh)
     with partitioning.use_mesh(self.mesh, config.mesh):
@@ -95,10 +106,14 @@ class TrainStep:
     )
     if skipped or not np.isfinite(loss):
       raise RunStopped(
-        f'{skipped:.0f} of {self._taken} steps were not finite (loss {loss}); '
-        'lower OptimizerConfig.learning_rate'
+        f'{skipped:.0f} of {self._taken} steps{_with(self.name)} were not '
+        f'finite (loss {loss}); lower OptimizerConfig.learning_rate'
       )
     return loss
+
+
+def _with(name: str) -> str:
+  return '' if name == AS_GIVEN else f' with {name}'
 
 
 def random_batch(config: RunConfig, seed: int) -> dict[str, np.ndarray]:
@@ -132,32 +147,127 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
   """
   if args.rounds < 1:
     raise UserError(f'--rounds must be positive, got {args.rounds}')
+  configs = {AS_GIVEN: config} | args.compared
+  meshes = {name: _mesh(name, c, config) for name, c in configs.items()}
   output = Output(open_output(args.output, 'step'), 'step', args.argv)
-  output.say(f'compiling the step of {", ".join(args.gin_file)}')
-  step = TrainStep(config)
-  output.say(
-    f'  {step.counts["total"]:,} parameters ({step.counts["expert"]:,} in '
-    f'experts), compiled in {step.compile_seconds:.0f} s'
-  )
-  samples = run_rounds([step], args.rounds)[step.name]
-  loss = step.check()
+  steps = []
+  for name, one in configs.items():
+    files = ', '.join(args.gin_file)
+    output.say(f'compiling the step of {files}{_with(name)}')
+    step = TrainStep(name, one, meshes[name])
+    output.say(
+      f'  {step.counts["total"]:,} parameters ({step.counts["expert"]:,} in '
+      f'experts), compiled in {step.compile_seconds:.0f} s'
+    )
+    steps.append(step)
+  samples = run_rounds(steps, args.rounds)
+  losses = {step.name: step.check() for step in steps}
+  step = steps[0]
 
   def traced() -> None:
     for _ in range(_TRACED_STEPS):
       step.measure()
 
   shares = traced_shares(traced, step.compiled)
-  results = _results(config, step, samples) | {'loss': loss, 'shares': shares}
+  results = _results(config, step, samples[AS_GIVEN]) | {
+    'loss': losses[AS_GIVEN],
+    'shares': shares,
+    'compared': _compared(steps, samples, losses),
+  }
   _print(output, results)
+  if len(steps) > 1:
+    _print_compared(output, steps, samples)
   output.finish(results, pictures.draw_step(results))
+
+
+def _mesh(name: str, config: RunConfig, given: RunConfig) -> jax.sharding.Mesh:
+  """Returns the mesh of a step.
+
+  Args:
+    name: AS_GIVEN, or the settings that make the step another one.
+    config: of the step.
+    given: of the step as given.
+
+  Raises:
+    UserError: when sizes do not divide over it, or there is nothing to compare.
+  """
+  if name != AS_GIVEN and config == given:
+    raise UserError(f'--compare {name}: that is the step as given')
+  mesh = partitioning.make_mesh(config.mesh)
+  if jax.process_count() > 1:
+    raise UserError('bench step runs on the devices of one process only')
+  check_run(config, config.model.vocab_size, mesh)
+  return mesh
+
+
+def _over_given(
+  steps: list[TrainStep], samples: Mapping[str, list[Sample]], clock: str
+) -> dict[str, Spread]:
+  """Returns each step's time over that of the step as given, by token."""
+  by_token = {
+    step.name: [
+      Sample(sample.wall / step.tokens, sample.cpu / step.tokens)
+      for sample in samples[step.name]
+    ]
+    for step in steps
+  }
+  return {
+    name: ratio(found, by_token[AS_GIVEN], clock)
+    for name, found in by_token.items()
+  }
+
+
+def _compared(
+  steps: list[TrainStep],
+  samples: Mapping[str, list[Sample]],
+  losses: Mapping[str, float],
+) -> dict[str, Any]:
+  """Returns the numbers of the steps with other settings, ready for JSON."""
+  over_given = _over_given(steps, samples, 'wall')
+  return {
+    step.name: {
+      'step': as_json(samples[step.name]),
+      'over_given': dataclasses.asdict(over_given[step.name]),
+      'tokens': step.tokens,
+      'parameters': step.counts,
+      'mesh': dict(step.mesh.shape),
+      'compile_s': step.compile_seconds,
+      'temp_bytes': temp_bytes(step.compiled),
+      'loss': losses[step.name],
+    }
+    for step in steps[1:]
+  }
+
+
+def _print_compared(
+  output: Output, steps: list[TrainStep], samples: Mapping[str, list[Sample]]
+) -> None:
+  wall = _over_given(steps, samples, 'wall')
+  cpu = _over_given(steps, samples, 'cpu')
+  by_token = len({step.tokens for step in steps}) > 1
+  output.table(
+    f'in turns, medians of {len(samples[AS_GIVEN])} rounds [quartiles]'
+    + ('; ratios are of the time of a token' if by_token else ''),
+    _COLUMNS,
+    [
+      (
+        step.name,
+        *medians(samples[step.name]),
+        str(wall[step.name]),
+        number(cpu[step.name].median),
+        mebibytes(temp_bytes(step.compiled)),
+        f'{step.compile_seconds:.0f}',
+      )
+      for step in steps
+    ],
+  )
 
 
 def _results(
   config: RunConfig, step: TrainStep, samples: list[Sample]
 ) -> dict[str, Any]:
   """Returns the numbers of the run, ready for JSON."""
-  lengths = config.data.inputs_length + config.data.targets_length
-  tokens = config.batch_size * lengths
+  tokens = step.tokens
   devices = step.mesh.devices
   parts = step_flops(config, partitioning.batch_shards(step.mesh))
   model_flops = sum(parts.values())

@@ -11,7 +11,7 @@ from st_moe.bindings import Binding
 from st_moe.commands import starting
 from st_moe.config import RunConfig
 from st_moe.errors import UserError
-from st_moe.gin_files import load_config
+from st_moe.gin_files import load_config, parse_flag
 from st_moe.model_gin import gin_file_of, no_model
 from st_moe.workdir import check_parents
 
@@ -242,6 +242,15 @@ def bench(args: argparse.Namespace) -> None:
       f'bench {args.kind} needs --gin_file=FILE, for example '
       '--gin_file=gin_configs/runs/quickstart.gin; see `st_moe config list`'
     )
+  if args.kind == 'step':
+    args.compared = {
+      ' '.join(texts): starting.configure(
+        args,
+        args.gin_file,
+        [parse_flag(text, '--compare ') for text in texts],
+      )
+      for texts in args.compare
+    }
   config = starting.configure(args, args.gin_file)
   starting.prepare(args)
   from st_moe.bench import commands
