@@ -84,6 +84,7 @@ def test_a_peer_is_called_in_turns_with_ours(fake_torch, capsys):
     assert peer['wall_s'] == [wall] * 2
     ratio = np.median([wall / s for s in ours['wall_s']])
     assert peer['over_ours']['median'] == pytest.approx(ratio)
+    assert set(c['layers']) == {'ours', 'st-moe-pytorch', *peers.BARE.values()}
 
 
 def test_a_peer_that_fails_is_left_out_with_its_reason(fake_torch, capsys):
@@ -195,6 +196,7 @@ def test_flaxformer_runs_in_this_process_without_aqt(monkeypatch, capsys):
   for comparison in results('out')['comparisons']:
     assert comparison['size']['num_experts'] == 2
     assert list(comparison['layers']) == [
+      'bare matmuls, XLA',
       'flaxformer masked',
       'flaxformer scatter',
       'ours',
@@ -208,6 +210,8 @@ def test_torch_peers_have_our_widths():
   for name, choices, activations in (
     ('st-moe-pytorch', 2, ('gelu', 'linear')),
     ('hf-switch', 1, ('relu',)),
+    (peers.BARE['torch'], 2, ('gelu', 'linear')),
+    (peers.BARE['torch'], 1, ('relu',)),
   ):
     router = RouterConfig(num_choices=choices, group_size=32)
     size = small_size(router=router, activations=activations)

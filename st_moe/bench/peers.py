@@ -7,6 +7,10 @@ is said by each peer's `note`. A peer that cannot be imported or does not have
 such a layer is named with the reason. torch's OpenMP threads suffer from other
 work on the machine far more than XLA's and wait by spinning, so there is a
 pause between forms, and results count on a quiet machine only.
+
+Two more rows say what there is to win: the bare matrix products of the experts
+in XLA and, beside a torch peer, in torch. Each layer is to be held against the
+products of its own library; no layer is faster than those.
 """
 
 import argparse
@@ -48,6 +52,7 @@ from st_moe.config import RunConfig, to_dict
 from st_moe.errors import UserError
 
 OURS = 'ours'
+BARE = {'xla': 'bare matmuls, XLA', 'torch': 'bare matmuls, torch'}
 _PAUSE = 0.1  # seconds in which the threads of the last form fall asleep
 _COLUMNS = ('layer', 'wall ms', 'cpu ms', 'time / ours', 'cpu', 'fastest')
 
@@ -186,7 +191,7 @@ def start_child(
   """Starts a torch peer; returns its process and its greeting."""
   router = size.router
   settings = {
-    'peer': peer,
+    'peer': 'bare matmuls' if peer == BARE['torch'] else peer,
     'threads': os.cpu_count(),
     'seed': seed,
     'groups': size.groups,
@@ -202,6 +207,7 @@ def start_child(
     'z_loss_weight': router.z_loss_weight,
     'jitter': router.jitter,
     'activation': size.activations[0],
+    'gated': len(size.activations) > 1,
     'dtype': size.dtype,
   }
   # The child finds this package wherever this process found it.
@@ -289,6 +295,10 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
     raise UserError('no peer could be started; the reasons are above')
   for peer in present:
     output.say(f'{peer.name}: {peer.note}')
+  output.say(
+    'bare matmuls: the experts on ready buffers, nothing routed: the least '
+    'that a layer takes with that library'
+  )
   output.finish(
     {
       'missing': {k: v for k, v in missing.items() if v},
@@ -305,18 +315,22 @@ def compare(
   seed: int,
   say: Callable[[str], None],
 ) -> list[Comparison]:
-  """Times ours and the named peers, in turns, in both modes.
+  """Times ours, the named peers and bare products, in turns, in both modes.
 
   Returns:
     One comparison for each mode; none when no peer could be started.
   """
   layer = LayerForms(size, seed)
   ours = layer.moe('auto')
+  bare = layer.batched_floor(BARE['xla'], size.slots // size.num_experts)
   forms: dict[str, list[Any]] = {
     mode: [CompiledForm(dataclasses.replace(ours[mode], name=OURS))]
     for mode in MODES
   }
+  made_peers = 0
   children = []
+  if any(name not in ROUTERS for name in names):
+    names = [*names, BARE['torch']]
   try:
     for name in names:
       try:
@@ -333,10 +347,13 @@ def compare(
       except Exception as e:
         say(f'  without {name}: {" ".join(str(e).split())}')
         continue
+      made_peers += name != BARE['torch']
       for mode, form in zip(MODES, made, strict=True):
         forms[mode].append(form)
-    if len(forms[MODES[0]]) == 1:
+    if not made_peers:
       return []
+    for mode in MODES:
+      forms[mode].append(CompiledForm(bare[mode]))
     compared = []
     for mode in MODES:
       for form in forms[mode]:

@@ -13,6 +13,7 @@ from st_moe.bench.timing import Spread
 from st_moe.report import BLUE, GREEN, GREY, ORANGE, RED
 
 _COLOURS = (BLUE, ORANGE, GREEN, RED)
+_GREYS = ('#8c8c8c', '#c4c4c4')  # of floors
 _ROW = 0.26  # inches per bar
 
 
@@ -47,7 +48,7 @@ def draw_layer(measured: Sequence[Any]) -> Figure:
   for floor in measured[0].rows:
     if floor.startswith(DENSE):
       names.append(floor)
-      colours[floor] = '#8c8c8c' if floor == DENSE else '#c4c4c4'
+      colours[floor] = _GREYS[floor != DENSE]
   groups = {
     mode: [
       (m.size, {name: m.ratio(name, BATCHED) for name in names})
@@ -68,6 +69,8 @@ def draw_peers(compared: Sequence[Any]) -> Figure:
     compared: `peers.Comparison`s; each size has one of each mode.
   """
   names = list(dict.fromkeys(n for c in compared for n in c.samples))[1:]
+  bare = [name for name in names if name.startswith('bare')]
+  peers = [name for name in names if name not in bare]
   groups = {
     mode: [
       (c.size, {name: c.ratio(name) for name in list(c.samples)[1:]})
@@ -76,7 +79,8 @@ def draw_peers(compared: Sequence[Any]) -> Figure:
     ]
     for mode in MODES
   }
-  colours = dict(zip(names, _COLOURS, strict=False))
+  colours = dict(zip(peers, _COLOURS, strict=False))
+  colours |= dict(zip(bare, _GREYS, strict=False))
   return _grouped_bars(groups, colours, 'time of the peer / time of ours')
 
 

@@ -5,11 +5,12 @@ first line it prints is {"ready": versions} or {"error": why}; after that it
 reads {"mode": ..., "calls": n} lines and answers {"wall": s, "cpu": s}, seconds
 of one call. It ends when its input does.
 
-Both layers are built with our widths and slots, in training mode, on random
+Layers are built with our widths and slots, in training mode, on random
 inputs, and are differentiated like ours: sum(y * w) plus, where the layer
 returns them, its router losses, with respect to the input and all weights.
 """
 
+import functools
 import json
 import sys
 import time
@@ -67,7 +68,48 @@ def hf_switch_layer(settings: dict[str, Any]) -> torch.nn.Module:
   )
 
 
+class BareMatmuls(torch.nn.Module):
+  """The experts' matrix products alone, on ready buffers [E, rows, D].
+
+  Attributes:
+    input_shape: of the buffers.
+  """
+
+  def __init__(self, settings: dict[str, Any]):
+    super().__init__()
+    experts, d_model, d_ff = (
+      settings[name] for name in ('num_experts', 'd_model', 'd_ff')
+    )
+    rows = settings['groups'] * settings['capacity']
+    self.input_shape = experts, rows, d_model
+
+    def kernel(inputs, outputs):
+      values = torch.randn(experts, inputs, outputs) * inputs**-0.5
+      return torch.nn.Parameter(values)
+
+    self._gated = settings['gated']
+    self._activation = _ACTIVATIONS[settings['activation']]
+    self.wi = torch.nn.ParameterList(
+      kernel(d_model, d_ff) for _ in range(1 + self._gated)
+    )
+    self.wo = kernel(d_ff, d_model)
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """Maps [E, rows, D]."""
+    hidden = self._activation(torch.bmm(x, self.wi[0]))
+    if self._gated:
+      hidden = hidden * torch.bmm(x, self.wi[1])
+    return torch.bmm(hidden, self.wo)
+
+
+_ACTIVATIONS = {
+  'gelu': functools.partial(torch.nn.functional.gelu, approximate='tanh'),
+  'relu': torch.nn.functional.relu,
+  'silu': torch.nn.functional.silu,
+}
+
 LAYERS: dict[str, Callable[[dict[str, Any]], torch.nn.Module]] = {
+  'bare matmuls': BareMatmuls,
   'st-moe-pytorch': st_moe_pytorch_layer,
   'hf-switch': hf_switch_layer,
 }
@@ -83,7 +125,11 @@ class Timer:
     self._layer = LAYERS[settings['peer']](settings).train()
     dtype = getattr(torch, settings['dtype'])
     self._layer.to(dtype)
-    shape = settings['groups'], settings['group_size'], settings['d_model']
+    shape = getattr(
+      self._layer,
+      'input_shape',
+      (settings['groups'], settings['group_size'], settings['d_model']),
+    )
     self._x = torch.randn(shape, dtype=dtype, requires_grad=True)
     self._weights = torch.randn(shape)
     self._calls = {
