@@ -20,7 +20,7 @@ from st_moe.best import BEST_FILE, BestStep, choose_metric
 from st_moe.checkpoint import Checkpointer, steps_in
 from st_moe.config import DataConfig, RunConfig
 from st_moe.data.pipeline import open_data
-from st_moe.evaluate.tasks import TaskEvaluator, TaskScores, named_tasks
+from st_moe.evaluate.tasks import TaskEvaluator, TaskScores, check_tasks
 from st_moe.model_directory import FoundModel, find_model
 from st_moe.preflight import check_run, describe_run
 from st_moe.train_state import TrainState
@@ -173,8 +173,12 @@ def _open(
   Raises:
     UserError: when data, model, mesh and weights do not go together.
   """
+  # First what takes no time: reading the data may.
+  names = check_tasks(config)
+  if not names:
+    choose_metric(config.best_metric, evaluate.HELD_OUT_SCORES)
   data_config, source = _beginnings(config, workdir)
-  if source:  # which is quick, and reading the data may not be
+  if source:
     initialize.check_shapes(config)
   data = open_data(data_config, seed=config.seed, cache_root=None)
   check_run(config, data.vocabulary.vocab_size, mesh)
@@ -183,7 +187,7 @@ def _open(
       data.fingerprint['vocabulary'], data_config, source
     )
   tasks, fingerprint = None, data.fingerprint
-  if named_tasks(config):
+  if names:
     tasks = TaskEvaluator(config, data.vocabulary, mesh)
     fingerprint = fingerprint | {'development': tasks.fingerprint}
   workdir.check_data(fingerprint, allow=allow_change)

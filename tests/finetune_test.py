@@ -8,6 +8,7 @@ import pytest
 from made_models import write_run
 from tiny_model import tiny_config
 
+from st_moe import trainer
 from st_moe.checkpoint import ArrayReader, find_steps
 from st_moe.gin_files import load_config
 from st_moe.main import main
@@ -147,6 +148,23 @@ def test_tasks_are_scored_while_a_model_is_tuned(tmp_path, cb, capsys):
   scored = json.loads((run / 'evaluations.jsonl').read_text().splitlines()[0])
   assert scored['step'] == best['step']
   assert scored['tasks']['superglue.cb']['metrics'] == task['metrics']
+
+
+@pytest.mark.parametrize(
+  ('flag', 'message'),
+  [
+    ('EvaluationConfig.tasks=superglue.cd', "'superglue.cd'; did you mean"),
+    ('RunConfig.best_metric=eval/los', 'did you mean eval/loss?'),
+  ],
+)
+def test_wrong_names_are_found_before_data_is_read(
+  tmp_path, monkeypatch, flag, message, capsys
+):
+  monkeypatch.setattr(trainer, 'open_data', None)
+  argv = ['--gin_file=runs/quickstart.gin', f'--workdir={tmp_path / "run"}']
+  assert main(['pretrain', *argv, f'--gin.{flag}']) == 2
+  assert message in capsys.readouterr().err
+  assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ def parse(config: DataConfig) -> tuple[Part, ...]:
   """
   parts = tuple(
     part
-    for text in config.task.split(',')
-    for part in _parse_part(text.strip(), config)
+    for name, rate in catalog.split_rates(config.task)
+    for part in _parts(name, rate, config)
   )
   names = [part.name for part in parts]
   for name in names:
@@ -64,23 +64,13 @@ def parse(config: DataConfig) -> tuple[Part, ...]:
   return _with_languages(parts, config)
 
 
-def _parse_part(text: str, config: DataConfig) -> list[Part]:
-  name, colon, rate = text.partition(':')
-  try:
-    value = float(rate) if colon else 1.0
-  except ValueError:
-    value = 0.0
-  if not (name and 0 < value < float('inf')):
-    raise UserError(
-      f"{text!r} is no part of a mixture: write 'task' or 'task:rate', the "
-      "rate above 0, for example 'docstrings:1,text:3'"
-    )
-  name = name.strip()
+def _parts(name: str, rate: float | None, config: DataConfig) -> list[Part]:
+  """Returns a task, or the tasks of a mixture, with the numbers they mix in."""
   if not catalog.is_answer_task(name):
-    return [Part(name, value)]
+    return [Part(name, 1.0 if rate is None else rate)]
   most = config.max_examples_per_task if catalog.is_capped(name) else None
   sizes = {task: _size(task, most, config) for task in catalog.members(name)}
-  scale = value / sum(sizes.values()) if colon else 1.0
+  scale = 1.0 if rate is None else rate / sum(sizes.values())
   return [Part(task, size * scale) for task, size in sizes.items()]
 
 

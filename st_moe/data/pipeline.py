@@ -157,11 +157,11 @@ def check_names(task: str) -> None:
     task: as in `DataConfig.task`: names, with or without rates.
 
   Raises:
-    UserError: with the nearest name.
+    UserError: with the nearest name; also for a broken rate.
   """
   if task == 'cache':  # stands alone
     return
-  for name in catalog.split_names(task):
+  for name, _ in catalog.split_rates(task):
     if sources.is_built_in(name) or catalog.is_answer_task(name):
       continue
     if 'seqio' in sys.modules:

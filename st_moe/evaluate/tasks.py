@@ -151,6 +151,19 @@ def named_tasks(config: RunConfig) -> tuple[str, ...]:
   return tuple(filter(catalog.is_answer_task, names))
 
 
+def check_tasks(config: RunConfig) -> tuple[str, ...]:
+  """Returns `named_tasks`, each of which there is; reads no data.
+
+  Raises:
+    UserError: with the nearest name.
+  """
+  names = named_tasks(config)
+  for name in names:
+    for task in catalog.expand(name):
+      catalog.find_task(task)
+  return names
+
+
 @dataclasses.dataclass(frozen=True)
 class _Prepared:
   """A task whose examples are tokenized.

@@ -84,6 +84,28 @@ def split_names(task: str) -> list[str]:
   return [part.partition(':')[0].strip() for part in task.split(',')]
 
 
+def split_rates(task: str) -> list[tuple[str, float | None]]:
+  """Returns the names in a `DataConfig.task` and their rates, None if not said.
+
+  Raises:
+    UserError: for what is no name and no name with a rate above 0.
+  """
+  parts = []
+  for text in map(str.strip, task.split(',')):
+    name, colon, rate = text.partition(':')
+    try:
+      value = float(rate) if colon else None
+    except ValueError:
+      value = 0.0
+    if not name or (value is not None and not 0 < value < float('inf')):
+      raise UserError(
+        f"{text!r} is no part of a mixture: write 'task' or 'task:rate', the "
+        "rate above 0, for example 'docstrings:1,text:3'"
+      )
+    parts.append((name.strip(), value))
+  return parts
+
+
 def members(name: str) -> tuple[str, ...]:
   """Returns all tasks of a mixture; a task is itself."""
   return _MIXTURES.get(name, (name,))
