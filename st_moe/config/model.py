@@ -57,8 +57,8 @@ class ModelConfig(Checked):
 
   activation_dtype: Literal['float32', 'bfloat16'] = 'float32'
   scan_layers: bool = False
-  # Superblocks per iteration of the scan. On CPU one costs half of a step
-  # more, all of them nothing, but compiling as long as written out.
+  # Superblocks per iteration of the scan. On CPU without rematerialization one
+  # costs up to 0.8 of a step more, all of them nothing (LOG.md, 2026-11-29).
   scan_unroll: int = 1
   # What a block keeps for its backward pass: everything, matrix products
   # only, or nothing.
