@@ -228,8 +228,20 @@ def test_gin_gives_what_flags_do_not(capsys):
       'batch_size 3 is not divisible by 8 data shards',
     ),
     (
-      ['step', *STEP, '--compare', 'BATCH_SIZE=16', 'BATCH_SIZE=9'],
-      'batch_size 9 is not divisible by 8 data shards',
+      ['step', *STEP, '--compare=BATCH_SIZE=16', '--compare=BATCH_SIZE=9'],
+      '--compare BATCH_SIZE=9: RunConfig.batch_size 9 is not divisible by 8 ',
+    ),
+    (
+      ['step', *STEP, '--compare', 'MeshConfig.expert=3'],
+      '--compare MeshConfig.expert=3: MeshConfig: data -1 x expert 3',
+    ),
+    (
+      ['step', *STEP, '--compare', 'BATCH_SIZE=16', 'BATCH_SIZE=24'],
+      'gives BATCH_SIZE twice; for two steps write --compare twice',
+    ),
+    (
+      ['step', *STEP, '--compare', '--gin.BATCH_SIZE=16'],
+      '--compare takes names without --gin.: --compare BATCH_SIZE=16',
     ),
     (
       ['step', *STEP, '--compare', 'ModelConfig.scan_layer=True'],
@@ -279,7 +291,9 @@ def test_steps_with_other_settings_take_turns_with_the_one_given(capsys):
   assert main([*argv, '--compare', 'BATCH_SIZE=16']) == 0
   found = results('out')
   printed = capsys.readouterr().out
-  assert 'of 2 rounds [quartiles]; ratios are of the time of a token' in printed
+  assert 'medians of 2 rounds [quartiles]' in printed
+  assert 'time of a token / as given' in printed
+  assert 'do nothing' not in printed
   first, second = (
     found['compared'].pop(name) for name in (' '.join(other), 'BATCH_SIZE=16')
   )
@@ -290,7 +304,16 @@ def test_steps_with_other_settings_take_turns_with_the_one_given(capsys):
   assert (first['tokens'], second['tokens']) == (8 * 24, 16 * 24)
   times = zip(second['step']['wall_s'], found['step']['wall_s'], strict=True)
   ratios = [b / second['tokens'] / (a / found['tokens']) for b, a in times]
-  assert second['over_given']['median'] == pytest.approx(np.median(ratios))
+  median = second['token_time_over_given']['median']
+  assert median == pytest.approx(np.median(ratios))
+
+
+def test_settings_that_do_nothing_are_said_to(capsys):
+  argv = ['bench', 'step', *STEP, '--output=out']
+  assert main([*argv, '--compare', 'ModelConfig.scan_unroll=2']) == 0
+  printed = capsys.readouterr().out
+  assert 'the same program as that of the step as given' in printed
+  assert 'time / as given' in printed
 
 
 def test_steps_that_are_not_finite_are_not_reported(capsys):

@@ -153,7 +153,11 @@ def test_tasks_are_scored_while_a_model_is_tuned(tmp_path, cb, capsys):
 @pytest.mark.parametrize(
   ('flag', 'message'),
   [
-    ('EvaluationConfig.tasks=superglue.cd', "'superglue.cd'; did you mean"),
+    (
+      'EvaluationConfig.tasks=superglue.cd',
+      'error: EvaluationConfig.tasks: there is no task with answers '
+      "'superglue.cd'; did you mean superglue.cb?",
+    ),
     ('RunConfig.best_metric=eval/los', 'did you mean eval/loss?'),
   ],
 )

@@ -5,6 +5,7 @@ Flags are spelt as absl spells them: `--gin_file=`, `--gin.NAME=VALUE`,
 """
 
 import argparse
+import itertools
 import re
 
 from st_moe import __version__, bindings
@@ -96,8 +97,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def _check_flags(name: str, argv: list[str], command: Parser) -> None:
   """Refuses unknown flags, before argparse complains of missing ones."""
   flags = re.findall(r'--\w+', command.format_help())
-  for arg in argv:
+  for arg, after in itertools.pairwise([*argv, '']):
     flag, equals, value = arg.partition('=')
+    if arg == '--compare' and after.startswith('--gin.'):
+      bare = after.removeprefix('--gin.')
+      raise UserError(f'{arg} takes names without --gin.: {arg} {bare}')
     if flag.startswith('--gin.') and not equals:
       raise UserError(f'{arg} needs a value: {arg}=VALUE')
     if not flag.startswith('--') or flag == '--' or flag.startswith('--gin.'):

@@ -134,18 +134,21 @@ def draw_step(results: dict[str, Any]) -> Figure:
   _shares(time, shares, BLUE)
   _shares(work, {part: n / total for part, n in flops.items()}, GREEN)
   if compared:
-    _compared(rest[0], {name: c['over_given'] for name, c in compared.items()})
+    _compared(rest[0], compared)
   return figure
 
 
-def _compared(axes: Axes, over_given: dict[str, dict[str, float]]) -> None:
+def _compared(axes: Axes, compared: dict[str, dict[str, Any]]) -> None:
   """One bar for each step with other settings, over the one as given."""
-  _prepare(axes, 'Other settings', 'time / time of the step as given')
-  for at, spread in enumerate(over_given.values()):
-    _bar(axes, at, Spread(**spread), color=ORANGE)
+  _prepare(
+    axes, 'Other settings', 'time of a token / that of the step as given'
+  )
+  for at, found in enumerate(compared.values()):
+    spread = Spread(**found['token_time_over_given'])
+    _bar(axes, at, spread, color=ORANGE)
   axes.axvline(1.0, color=GREY, linewidth=1, linestyle='--')
   axes.set_yticks(
-    range(len(over_given)), [name.replace(' ', '\n') for name in over_given]
+    range(len(compared)), [name.replace(' ', '\n') for name in compared]
   )
   axes.margins(x=0.12, y=0.3)
   axes.set_xlim(left=0)

@@ -8,6 +8,7 @@ settings are taken in turns with it, each from a state of its own.
 
 import argparse
 import dataclasses
+import hashlib
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -62,6 +63,7 @@ class TrainStep:
     compile_seconds: of tracing and compiling.
     counts: numbers of parameters.
     mesh: of the run.
+    digest: of the program, before XLA's optimizations.
   """
 
   def __init__(self, name: str, config: RunConfig, mesh: jax.sharding.Mesh):
@@ -72,8 +74,10 @@ class TrainStep:
     begin = time.perf_counter()
     program = step_program(config, self.mesh)
     with partitioning.use_mesh(self.mesh, config.mesh):
-      self.compiled = program.traced.lower().compile()
+      lowered = program.traced.lower()
+      self.compiled = lowered.compile()
     self.compile_seconds = time.perf_counter() - begin
+    self.digest = hashlib.sha256(lowered.as_text().encode()).digest()
     self._key = program.key
     self.counts = parameter_counts(program.shapes)
     self._state = program.initial_state()
@@ -159,6 +163,11 @@ def run(args: argparse.Namespace, config: RunConfig) -> None:
       f'  {step.counts["total"]:,} parameters ({step.counts["expert"]:,} in '
       f'experts), compiled in {step.compile_seconds:.0f} s'
     )
+    if steps and step.digest == steps[0].digest:
+      output.say(
+        '  the same program as that of the step as given: these settings do '
+        'nothing here'
+      )
     steps.append(step)
   samples = run_rounds(steps, args.rounds)
   losses = {step.name: step.check() for step in steps}
@@ -193,10 +202,15 @@ def _mesh(name: str, config: RunConfig, given: RunConfig) -> jax.sharding.Mesh:
   """
   if name != AS_GIVEN and config == given:
     raise UserError(f'--compare {name}: that is the step as given')
-  mesh = partitioning.make_mesh(config.mesh)
   if jax.process_count() > 1:
     raise UserError('bench step runs on the devices of one process only')
-  check_run(config, config.model.vocab_size, mesh)
+  try:
+    mesh = partitioning.make_mesh(config.mesh)
+    check_run(config, config.model.vocab_size, mesh)
+  except UserError as e:
+    if name == AS_GIVEN:
+      raise
+    raise UserError(f'--compare {name}: {e}') from e
   return mesh
 
 
@@ -227,7 +241,7 @@ def _compared(
   return {
     step.name: {
       'step': as_json(samples[step.name]),
-      'over_given': dataclasses.asdict(over_given[step.name]),
+      'token_time_over_given': dataclasses.asdict(over_given[step.name]),
       'tokens': step.tokens,
       'parameters': step.counts,
       'mesh': dict(step.mesh.shape),
@@ -246,9 +260,11 @@ def _print_compared(
   cpu = _over_given(steps, samples, 'cpu')
   by_token = len({step.tokens for step in steps}) > 1
   output.table(
-    f'in turns, medians of {len(samples[AS_GIVEN])} rounds [quartiles]'
-    + ('; ratios are of the time of a token' if by_token else ''),
-    _COLUMNS,
+    f'in turns, medians of {len(samples[AS_GIVEN])} rounds [quartiles]',
+    [
+      name.replace('time', 'time of a token') if by_token else name
+      for name in _COLUMNS
+    ],
     [
       (
         step.name,

@@ -235,6 +235,19 @@ def trace(args: argparse.Namespace) -> None:
   tracing.trace(config, request)
 
 
+def _together(texts: Sequence[str]) -> list[Binding]:
+  """Reads the settings of one `--compare`."""
+  settings = [parse_flag(text, '--compare ') for text in texts]
+  names = [setting.name for setting in settings]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(
+        f'--compare {" ".join(texts)} gives {name} twice; for two steps write '
+        '--compare twice'
+      )
+  return settings
+
+
 def bench(args: argparse.Namespace) -> None:
   """Measures a layer, a step, generation or peers."""
   if args.kind in ('step', 'generate') and not args.gin_file:
@@ -244,11 +257,7 @@ def bench(args: argparse.Namespace) -> None:
     )
   if args.kind == 'step':
     args.compared = {
-      ' '.join(texts): starting.configure(
-        args,
-        args.gin_file,
-        [parse_flag(text, '--compare ') for text in texts],
-      )
+      ' '.join(texts): starting.configure(args, args.gin_file, _together(texts))
       for texts in args.compare
     }
   config = starting.configure(args, args.gin_file)

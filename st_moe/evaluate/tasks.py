@@ -160,7 +160,10 @@ def check_tasks(config: RunConfig) -> tuple[str, ...]:
   names = named_tasks(config)
   for name in names:
     for task in catalog.expand(name):
-      catalog.find_task(task)
+      try:
+        catalog.find_task(task)
+      except UserError as e:
+        raise UserError(f'EvaluationConfig.tasks: {e}') from e
   return names
 
 

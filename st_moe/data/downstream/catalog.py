@@ -99,8 +99,9 @@ def split_rates(task: str) -> list[tuple[str, float | None]]:
       value = 0.0
     if not name or (value is not None and not 0 < value < float('inf')):
       raise UserError(
-        f"{text!r} is no part of a mixture: write 'task' or 'task:rate', the "
-        "rate above 0, for example 'docstrings:1,text:3'"
+        f'{text!r} is no part of a mixture: DataConfig.task takes '
+        "'task' or 'task:rate', the rate above 0, for example "
+        "'docstrings:1,text:3'"
       )
     parts.append((name.strip(), value))
   return parts
