@@ -22,9 +22,8 @@ def print_table(
     columns: their names.
     rows: as many texts as columns, each.
   """
-  console.print(
-    title, markup=False, soft_wrap=True
-  )  # a pipe has no lines of 80 columns
+  # A pipe has no lines of 80 columns; brackets are text.
+  console.print(title, markup=False, soft_wrap=True)
   table = Table(box=None, pad_edge=False)
   for index, column in enumerate(columns):
     table.add_column(column, justify='right' if index else 'left', no_wrap=True)

@@ -109,7 +109,7 @@ _ACTIVATIONS = {
 }
 
 LAYERS: dict[str, Callable[[dict[str, Any]], torch.nn.Module]] = {
-  'bare matmuls': BareMatmuls,
+  'bare matmuls, torch': BareMatmuls,
   'st-moe-pytorch': st_moe_pytorch_layer,
   'hf-switch': hf_switch_layer,
 }
